@@ -1,0 +1,254 @@
+"""Weights on disk: reading any file without running what is in it, matching it strictly, writing it atomically.
+
+- `read_weights(path)`: a .ckpt / .pt / .pth file as plain tensors and containers; a pickle is never executed.
+- `match(found, expected, ...)`: every missing, unexpected or wrongly shaped entry is an error that names it.
+- `locate(name_or_path, released)`: a path, a run folder, or a released name (downloaded once into torch's hub cache).
+- `save_checkpoint`, `load_latest`: training state, written so that a kill at any moment leaves a good file.
+"""
+
+import collections
+import os
+import pickle
+import re
+import types
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from runtime import UserError
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class _Inert:
+    """What stands in a file in place of an object of a foreign type: it swallows everything and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
+
+
+# All that a file of tensors needs to name. Anything else becomes an _Inert.
+_SAFE_GLOBALS = {
+    "collections": {"OrderedDict": collections.OrderedDict},
+    "torch": {"Size": torch.Size, "device": torch.device}
+    | {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    "torch._utils": {
+        name: getattr(torch._utils, name)
+        for name in (
+            "_rebuild_tensor",
+            "_rebuild_tensor_v2",
+            "_rebuild_parameter",
+            "_rebuild_device_tensor_from_cpu_tensor",
+        )
+    },
+}
+
+
+def _read_past_foreign_types(path):
+    """Read a file that `weights_only=True` refused, with every foreign name replaced by an inert class."""
+    foreign = set()
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name in _SAFE_GLOBALS.get(module, {}):
+                return _SAFE_GLOBALS[module][name]
+            foreign.add(f"{module}.{name}")
+            return type(name.split(".")[-1], (_Inert,), {})
+
+    # torch.load finds storages itself and asks this stand-in for the pickle module for everything else.
+    stand_in = types.SimpleNamespace(
+        __name__="pickle", Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load()
+    )
+    content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=stand_in)
+    warnings.warn(
+        f"{path} holds objects besides weights, which were left unread: {', '.join(sorted(foreign))}",
+        stacklevel=3,
+    )
+    return content
+
+
+def read_weights(path):
+    """The content of a weights file, on the CPU, as plain tensors and containers.
+
+    Reads with `weights_only=True`; a file that holds foreign objects (the released ones were written by PyTorch
+    Lightning) is read once more with each foreign type turned into an inert placeholder, and a warning naming them.
+    Nothing in the file is ever imported or called. Raises UserError for a missing, torn or alien file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        pass  # a foreign type, or no pickle at all: the second reading tells
+    except Exception:  # noqa: BLE001 (torch raises a dozen types for torn files)
+        raise UserError(f"{path} is not a weights file that torch can read, or it is cut short") from None
+    try:
+        return _read_past_foreign_types(path)
+    except Exception:  # noqa: BLE001
+        raise UserError(f"{path} is not a weights file that torch can read") from None
+
+
+def is_intact(path):
+    """True where every byte of a torch file matches the checksums stored in it (torch itself does not look)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # noqa: BLE001 (zipfile raises as many)
+        return False
+
+
+def match(found, expected, source, what):
+    """Check that the entries `found` (name -> tensor) are exactly `expected` (name -> tensor or shape).
+
+    Raises UserError naming the entries at fault, the file `source` and `what` model was expected.
+    """
+    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in expected.items()}
+    faults = [f"entry {name} is missing" for name in shapes if name not in found]
+    faults += [f"entry {name} is unexpected" for name in found if name not in shapes]
+    for name, value in found.items():
+        if name in shapes and not isinstance(value, torch.Tensor):
+            faults.append(f"entry {name} is not a tensor")
+        elif name in shapes and tuple(value.shape) != shapes[name]:
+            faults.append(f"entry {name} has shape {tuple(value.shape)}, expected {shapes[name]}")
+    if faults:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{source} does not hold {what}: {'; '.join(faults[:3])}{more}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Finding
+
+
+def download(url):
+    """The local file of `url` in torch's hub cache, fetched with a progress bar the first time."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=True)
+        except OSError as error:  # urllib's errors are OSErrors
+            reason = getattr(error, "reason", error)
+            raise UserError(
+                f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}"
+            ) from None
+    if dist.is_initialized():
+        dist.barrier()
+    return path
+
+
+def locate(name_or_path, released):
+    """The weights file meant by `name_or_path`: a file; a run folder (its newest intact checkpoint); or a name in
+    `released` (name -> address), downloaded once. Raises UserError where it is none of these."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for candidate in reversed(checkpoints(path)):
+            if is_intact(candidate):
+                return candidate
+        raise UserError(f"the folder {path} holds no intact checkpoint (step_*.pt)")
+    if str(name_or_path) in released:
+        return download(released[str(name_or_path)])
+    raise UserError(
+        f"there is no file or folder {name_or_path}; released names: {', '.join(released) or 'none'}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training state
+
+
+def checkpoints(folder):
+    """The checkpoints of a run, oldest first."""
+    return sorted(Path(folder).glob("step_*.pt"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
+
+
+def write_atomically(path, content):
+    """torch.save under a temporary name, fsync, rename: readers see the old file or the whole new one."""
+    path = Path(path)
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        with open(scratch, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException as error:
+        scratch.unlink(missing_ok=True)
+        if (
+            isinstance(error, RuntimeError) and "write" in str(error).lower()
+        ):  # torch's word for a failed write
+            raise UserError(f"could not write {path}: is the disk full?") from None
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the rename itself
+    os.close(folder)
+
+
+def save_checkpoint(folder, state, keep_last=2, keep_every=0):
+    """Write `state` (plain tensors, numbers, strings; with its "step") as folder/step_XXXXXXXX.pt; returns the path.
+
+    Keeps the newest `keep_last` files, and for good those whose step is a multiple of `keep_every` (0: none).
+    """
+    path = Path(folder) / f"step_{state['step']:08d}.pt"
+    write_atomically(path, state)
+    for old in checkpoints(folder)[:-keep_last]:
+        if not (keep_every and int(old.stem[5:]) % keep_every == 0):
+            old.unlink(missing_ok=True)
+    return path
+
+
+def load_latest(rt, folder, kind):
+    """(path, state) of the newest intact checkpoint of `kind` in a run folder, or (None, None) for a fresh start.
+
+    A torn or foreign file is passed over for the older one, with a warning. All ranks read the file that the main
+    process chose, so the folder must be on a file system that every host sees.
+    """
+    chosen, state = None, None
+    if rt.main:
+        for path in reversed(checkpoints(folder)):
+            try:
+                state = read_weights(path) if is_intact(path) else None
+            except UserError:
+                state = None
+            if isinstance(state, dict) and state.get("kind") == kind:
+                chosen = path
+                break
+            reason = "is torn or damaged" if state is None else f"is no {kind} checkpoint"
+            rt.say(f"warning: {path} {reason}; passing it over")
+    chosen = rt.share(chosen)
+    if chosen is None:
+        return None, None
+    if not rt.main:
+        if not chosen.is_file():
+            raise UserError(
+                f"{chosen} is not visible on this host; put --out on a file system that all hosts share"
+            )
+        state = read_weights(chosen)
+    return chosen, state
+
+
+def changed_settings(old, new, may_change):
+    """What differs between a checkpoint's settings and the present ones, as a line; "" where nothing that matters."""
+    return ", ".join(
+        f"--{name.replace('_', '-')} was {old.get(name)}, is {value}"
+        for name, value in new.items()
+        if name not in may_change and old.get(name) != value
+    )

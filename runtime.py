@@ -1,0 +1,353 @@
+"""Where a script runs: device, process group, precision, stop signals, settings, the run log.
+
+Every script of this project starts with `runtime.start()` and so runs unchanged as `python X.py` on a CPU, as
+`torchrun --nproc_per_node=8 X.py` on one host, and with `--nnodes` on many. Nothing here knows a model.
+"""
+
+import argparse
+import datetime
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+# torch.accelerator names the device; this is all that differs between vendors. Ascend: torch_npu registers
+# itself with torch when torch is imported.
+BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class UserError(ValueError):
+    """Something the user can put right. Scripts print its one line and exit with code 2, no traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Device and processes
+
+
+@dataclass
+class Runtime:
+    """This process among all: `device`, `rank` of `world`, `local_rank` on its host, and a gloo group for
+    small messages between hosts' CPUs (they never make an accelerator wait)."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    control: object = None
+
+    @property
+    def main(self):
+        """True on the one process that prints and writes files."""
+        return self.rank == 0
+
+    def say(self, *words):
+        """Print on the main process only."""
+        if self.main:
+            tqdm.write(" ".join(str(w) for w in words), file=sys.stdout)
+            sys.stdout.flush()
+
+    def reduce(self, values, op="sum"):
+        """Element-wise `op` ("sum", "max" or "mean") of a list of floats over all ranks, in float64."""
+        values = torch.as_tensor(values, dtype=torch.float64, device="cpu").clone()
+        if self.world > 1:
+            dist.all_reduce(
+                values, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=self.control
+            )
+        return (values / self.world if op == "mean" else values).tolist()
+
+    def share(self, thing):
+        """The main process's `thing` (any small picklable object), on every rank."""
+        if self.world == 1:
+            return thing
+        box = [thing]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def memory(self):
+        """Peak accelerator memory of this process so far, in GiB; 0 on a CPU."""
+        if self.device.type == "cpu":
+            return 0.0
+        return torch.get_device_module(self.device).max_memory_allocated() / 2**30
+
+
+def start():
+    """Pick this process's device and, under torchrun, join the process group. Returns a `Runtime`."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.accelerator.is_available():
+        count, kind = torch.accelerator.device_count(), torch.accelerator.current_accelerator().type
+        if kind in BACKENDS:
+            if local_rank >= count:
+                raise UserError(
+                    f"process {local_rank} of this host has no {kind} device: there are {count}; "
+                    f"launch torchrun with --nproc_per_node={count}"
+                )
+            device = torch.device(kind, local_rank)
+            torch.accelerator.set_device_index(local_rank)
+    control = None
+    if world > 1:
+        backend = BACKENDS[device.type]
+        dist.init_process_group(
+            backend,
+            timeout=datetime.timedelta(minutes=30),
+            device_id=None if device.type == "cpu" else device,
+        )
+        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+    return Runtime(device, rank, world, local_rank, control)
+
+
+def autocast(device, precision):
+    """Context for forward passes: mixed precision for "bf16" and "fp16", nothing for "fp32"."""
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def set_precision(rt, precision):
+    """The precision to use: `precision`, or bf16 on an accelerator and fp32 on a CPU where it is None.
+    "fp32" means it: TF32 is switched off, for convolutions too (torch has that on by default)."""
+    precision = precision or ("fp32" if rt.device.type == "cpu" else "bf16")
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision '{precision}'; choose one of {', '.join(PRECISIONS)}")
+    if precision == "fp16" and rt.device.type == "cpu":
+        raise UserError("fp16 needs an accelerator; on a CPU use --precision fp32 or bf16")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    return precision
+
+
+def seed_everything(*numbers):
+    """Seed torch's generators (all devices) from any non-negative integers, for instance (seed, step, micro-batch).
+    This is why no random state is ever saved: every draw of training is a function of its place in the run."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parser(description, examples):
+    """An ArgumentParser whose help shows defaults and ends with `examples`, and whose errors are one line."""
+
+    class OneLine(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+    class Format(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):  # no "(default: None)" behind flags that have no default
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+    return OneLine(description=description, epilog=f"examples:\n{examples}", formatter_class=Format)
+
+
+def parse_with_presets(arguments, presets, argv=None):
+    """Parse with `--preset` choosing a dict of defaults; a flag given overrides its preset entry.
+
+    The help of each flag that a preset sets is completed with the presets' values.
+    """
+    for action in arguments._actions:
+        values = {name: preset[action.dest] for name, preset in presets.items() if action.dest in preset}
+        if values:
+            action.help += " (preset " + ", ".join(f"{name}: {value}" for name, value in values.items()) + ")"
+    given = arguments.parse_args(argv)
+    if given.preset not in presets:
+        arguments.error(f"unknown preset '{given.preset}'; choose one of {', '.join(presets)}")
+    for name, value in presets[given.preset].items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+    return given
+
+
+def run_script(main):
+    """Run a script's main(); a UserError or a full disk ends in one line and exit code 2, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        _fail(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _fail(
+            f"the disk is full: could not write {error.filename or 'a file'}; free some space and run again"
+        )
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _fail(message, code=2):
+    rank = int(os.environ.get("RANK", "0"))
+    where = f" [rank {rank}]" if rank else ""
+    print(f"{Path(sys.argv[0]).name}{where}: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Other ranks may be waiting inside a collective for this one: leave at once, torchrun ends them.
+    os._exit(code)
+
+
+def split_batch(global_batch, micro_batch, world):
+    """Micro-batches that each rank runs a step, so that world * micro_batch * accumulation = global_batch."""
+    if micro_batch < 1 or global_batch % (micro_batch * world):
+        raise UserError(
+            f"--global-batch {global_batch} is not a multiple of --micro-batch {micro_batch} times {world} "
+            f"process(es); change one of them"
+        )
+    return global_batch // (micro_batch * world)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Stopping, logging
+
+
+class StopSignal:
+    """SIGTERM or SIGINT asks the loop to save and leave between two steps; a second SIGINT ends at once."""
+
+    def __init__(self, rt):
+        self.rt, self.asked = rt, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self):
+        """True on all ranks as soon as one of them was asked: they must leave at the same step."""
+        return bool(self.rt.reduce([self.asked], "max")[0])
+
+
+class FiniteGuard:
+    """Remembers, on the device and without waiting for it, the first step whose loss was not finite."""
+
+    def __init__(self, device):
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def watch(self, step, loss):
+        bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
+        self.first_bad.masked_fill_(bad, step)
+
+    def check(self, rt, checkpoint):
+        """Call at log intervals and before saving. Raises UserError naming the step and the last good file."""
+        first = int(rt.reduce([float(self.first_bad)], "max")[0])
+        if first >= 0:
+            raise UserError(
+                f"the loss became non-finite at step {first}; last good checkpoint: {checkpoint or 'none yet'}. "
+                f"Lower --lr or use --precision bf16 or fp32, then run again to go on from there"
+            )
+
+
+class RunLog:
+    """A line an interval on the screen, the same as JSON in `log.jsonl`, and TensorBoard where it is installed.
+
+    The values are those of the step named, averaged over its global batch. After a resume, lines past the
+    resumed step are dropped, so that the file reads like one uninterrupted run.
+    """
+
+    def __init__(self, rt, folder, total, first_step, images_a_step):
+        self.rt, self.total, self.images_a_step = rt, total, images_a_step
+        self.last_time, self.last_step = time.perf_counter(), first_step
+        self.board = self.bar = None
+        if not rt.main:
+            return
+        self.path = Path(folder) / "log.jsonl"
+        kept = [line for line in _lines(self.path) if line["step"] <= first_step]
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(scratch, self.path)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
+        except ImportError:
+            pass  # optional
+        self.bar = tqdm(total=total, initial=first_step, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def tick(self):
+        if self.bar is not None:
+            self.bar.update()
+
+    def line(self, step, **values):
+        """Write one line for `step` (1-based count of steps done); call it on every rank."""
+        now = time.perf_counter()
+        speed = (step - self.last_step) * self.images_a_step / max(now - self.last_time, 1e-9)
+        left = (self.total - step) * self.images_a_step / max(speed, 1e-9)
+        self.last_time, self.last_step = now, step
+        memory = self.rt.reduce([self.rt.memory()], "max")[0]
+        if self.rt.main:
+            self.write(step, **values, images_per_second=speed, memory_gib=memory)
+            words = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+            clock = datetime.timedelta(seconds=round(left))
+            self.rt.say(
+                f"step {step}/{self.total} {words} | {speed:.1f} images/s {memory:.1f} GiB left {clock}"
+            )
+
+    def write(self, step, **values):
+        """Append a JSON line (and TensorBoard scalars) without printing."""
+        if not self.rt.main:
+            return
+        values = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if self.board and not isinstance(value, str):
+                self.board.add_scalar(name, value, step)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        if self.board:
+            self.board.close()
+
+
+def _lines(path):
+    """The readable JSON lines of a log (a killed run may have cut the last one)."""
+    lines = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                pass
+    return lines
+
+
+def open_run(rt, folder, settings):
+    """Make the run's folder, print the resolved settings and save them as `config.json`."""
+    folder = Path(folder)
+    if rt.main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+        (folder / "config.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
+        rt.say(f"device {rt.device.type} x {rt.world}, torch {torch.__version__}")
+        for name, value in settings.items():
+            rt.say(f"  {name:<18} {value}")
+    rt.barrier()
+    return folder
+
+
+def write_json(path, content):
+    """Write JSON so that a reader sees the old file or the new one, never half."""
+    scratch = Path(str(path) + ".tmp")
+    scratch.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(scratch, path)
+
+
+def free_gib(folder):
+    """Free disk space at `folder`, in GiB."""
+    return shutil.disk_usage(folder).free / 2**30

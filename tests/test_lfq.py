@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+import torch
+from golden_files import load, relative
+
+import lfq
+
+
+def tokens_of(x):
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+@pytest.mark.parametrize("kind, gradient_tolerance", [("soft", 1e-4), ("hard", 1e-2)])
+def test_golden_float32(kind, gradient_tolerance):
+    golden = load(f"lfq_{kind}")
+    z = golden["x"].requires_grad_()
+    quantized, indices, losses = lfq.LFQ().train()(z)
+    assert torch.equal(quantized.detach(), golden["quantized"])
+    assert torch.equal(indices.flatten(), golden["indices"])
+    pre, post = lfq.split_indices(indices)
+    assert torch.equal(pre.flatten(), golden["index_pre_6"]) and torch.equal(
+        post.flatten(), golden["index_post_12"]
+    )
+    names = {
+        "sample_entropy": "per_sample_entropy",
+        "codebook_entropy": "codebook_entropy",
+        "entropy": "entropy_loss",
+        "commitment": "commit_loss",
+    }
+    for ours, theirs in names.items():
+        assert losses[ours].item() == pytest.approx(golden[theirs].item(), rel=1e-6), ours
+    (gradient,) = torch.autograd.grad(losses["entropy"], z, retain_graph=True)
+    assert relative(gradient, golden["grad_entropy_loss"]) < gradient_tolerance
+    (gradient,) = torch.autograd.grad(losses["commitment"], z)
+    assert relative(gradient, golden["grad_commit"]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_golden_float64(kind):
+    golden = load(f"lfq_{kind}")
+    z = golden["x"].double().requires_grad_()
+    _, _, losses = lfq.LFQ().train()(z)
+    assert losses["sample_entropy"].dtype == torch.float64
+    assert losses["sample_entropy"].item() == pytest.approx(golden["per_sample_entropy"].item(), rel=1e-9)
+    assert losses["codebook_entropy"].item() == pytest.approx(golden["codebook_entropy"].item(), rel=1e-9)
+    (gradient,) = torch.autograd.grad(losses["entropy"], z)
+    assert relative(gradient, golden["grad_entropy_loss"]) < 1e-9
+
+
+@pytest.mark.parametrize("bits", [1, 2, 5, 8])
+def test_entropy_equals_the_dense_softmax(bits):
+    z = (torch.randn(7, bits, dtype=torch.float64) * 0.02).requires_grad_()
+    codes = lfq.indices_to_codes(torch.arange(2**bits), bits).double()
+    table = torch.softmax(2 * z @ codes.T / 0.01, dim=1)
+    sample = -(table * torch.log(table)).sum(1).mean()
+    mean = table.mean(0)
+    codebook = -(mean * torch.log(mean + 1e-5)).sum()
+    ours = lfq.entropy_terms(z)
+    assert torch.allclose(torch.stack(ours), torch.stack([sample, codebook]), rtol=1e-12)
+    for mine, dense in zip(ours, (sample, codebook)):
+        a, b = (torch.autograd.grad(value, z, retain_graph=True)[0] for value in (mine, dense))
+        assert relative(a, b) < 1e-9
+
+
+def test_entropy_memory_is_not_tokens_times_codes():
+    """Largest tensor made, forward and backward, at 2^18 codes: far below N * 2^18 and growing by N * 2^9 only."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = total = 0
+
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.numel = max(self.numel, result.numel())
+            return result
+
+    def largest(tokens):
+        z = torch.randn(tokens, 18).requires_grad_()
+        with Largest() as seen:
+            sample, codebook = lfq.entropy_terms(z)
+            (sample - codebook).backward()
+        return seen.numel
+
+    assert largest(64) == 2**18
+    assert largest(1024) <= 1024 * 2**9
+
+
+def test_entropy_ignores_autocast():
+    z = torch.randn(16, 18) * 0.02
+    expected = lfq.entropy_terms(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(torch.stack(lfq.entropy_terms(z)), torch.stack(expected))
+    assert lfq.entropy_terms(z.bfloat16())[0].dtype == torch.float32
+
+
+def test_indices_are_little_endian_and_zero_is_minus_one():
+    z = torch.full((1, 18, 1, 1), -1.0)
+    z[0, 3] = 0.5
+    z[0, 7] = 0.0
+    quantized, indices, _ = lfq.LFQ().eval()(z)
+    assert indices.item() == 2**3
+    assert quantized.flatten().tolist() == [1.0 if i == 3 else -1.0 for i in range(18)]
+
+
+def test_codes_and_sub_tokens_round_trip():
+    indices = torch.from_numpy(np.random.default_rng(0).integers(0, 2**18, (5, 7)))
+    assert torch.equal(lfq.codes_to_indices(lfq.indices_to_codes(indices, 18)), indices)
+    for parts in [(6, 12), (9, 9), (4, 6, 8)]:
+        assert torch.equal(lfq.merge_indices(lfq.split_indices(indices, parts), parts), indices)
+    pre, post = lfq.split_indices(indices)
+    assert torch.equal(indices, pre + 64 * post)
+
+
+def test_gradient_passes_straight_through():
+    z = torch.randn(2, 18, 3, 3, requires_grad=True)
+    weight = torch.randn_like(z)
+    quantized, _, _ = lfq.LFQ().eval()(z)
+    (quantized * weight).sum().backward()
+    assert torch.equal(z.grad, weight)
+
+
+def test_losses_are_zero_in_eval_mode():
+    _, _, losses = lfq.LFQ().eval()(torch.randn(1, 18, 2, 2))
+    assert [value.item() for value in losses.values()] == [0.0] * 4
