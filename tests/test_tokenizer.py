@@ -1,0 +1,204 @@
+import pickle
+from dataclasses import asdict
+
+import pytest
+import torch
+from golden_files import checkpoint_keys, fill, load, relative
+
+import tokenizer as tk
+from runtime import UserError
+
+SIZES = {
+    "tiny16": tk.TokenizerConfig(32, (1, 1, 2, 2, 4), 1),
+    "tiny8": tk.TokenizerConfig(32, (1, 2, 2, 4), 2),
+    "256_L": tk.TOKENIZER_SIZES["256_L"],
+    "128_L": tk.TOKENIZER_SIZES["128_L"],
+}
+
+
+def empty(config):
+    """The module without the cost of random initialisation."""
+    with torch.device("meta"):
+        module = tk.Tokenizer(config)
+    return module.to_empty(device="cpu").eval()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_golden(size):
+    golden = load(f"tokenizer_{size}")
+    model = fill(empty(SIZES[size]))
+    latent = model.encoder(golden["image"])
+    assert relative(latent, golden["encoder_out"]) < 1e-5
+    reconstruction, indices, _ = model(golden["image"])
+    assert torch.equal(indices, golden["indices"])
+    assert relative(reconstruction, golden["reconstruction"]) < 1e-5
+    assert torch.equal(model.encode(golden["image"]), golden["indices"])
+    assert relative(model.decode(golden["indices"]), golden["reconstruction"]) < 1e-5
+
+
+@pytest.mark.parametrize("size, encoder, decoder", [("256_L", 49.75e6, 65.38e6), ("128_L", 48.42e6, 63.60e6)])
+def test_sizes_and_entries(size, encoder, decoder):
+    with torch.device("meta"):
+        model = tk.Tokenizer(tk.TOKENIZER_SIZES[size])
+    for part, count in ((model.encoder, encoder), (model.decoder, decoder)):
+        assert sum(p.numel() for p in part.parameters()) == pytest.approx(count, abs=5e3)
+    released = checkpoint_keys(f"imagenet_{size}.ckpt")
+    released = {k: v[0] for k, v in released.items() if k.startswith(("encoder.", "decoder."))}
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == released
+
+
+def released_file(path, size, change=None, container=True, **extra):
+    """A file with a released file's entries: every tensor constant (and so small on disk), encoder and decoder 1,
+    their moving average 2, all else 3."""
+    entries = {}
+    for name, (shape, dtype) in checkpoint_keys(f"imagenet_{size}.ckpt").items():
+        value = 1 if name.startswith(("encoder.", "decoder.")) else 2 if name.startswith("model_ema.") else 3
+        entries[name] = torch.full((1,), value, dtype=dtype).expand(shape) if shape else torch.tensor(value)
+    if change:
+        change(entries)
+    torch.save({"state_dict": entries, "epoch": 3, **extra} if container else entries, path)
+    return path
+
+
+def values(module):
+    return {float(v) for p in module.state_dict().values() for v in (p.min(), p.max())}
+
+
+@pytest.mark.parametrize("container", [True, False])
+@pytest.mark.parametrize("size", ["128_L", "256_L"])
+def test_released_file(tmp_path, size, container):
+    path = released_file(tmp_path / "x.ckpt", size, container=container)
+    for ema, expected in ((True, {2.0}), (False, {1.0})):
+        model = tk.load_tokenizer(path, ema=ema)
+        assert model.config == tk.TOKENIZER_SIZES[size]
+        assert values(model) == expected and not model.training
+
+
+def test_tokenizer_carried_by_a_transformer_file(tmp_path):
+    entries = {
+        name: torch.full((1,), 5.0).expand(shape)
+        for name, (shape, _) in checkpoint_keys("AR_256_B.ckpt").items()
+        if shape
+    }
+    torch.save({"state_dict": entries}, tmp_path / "ar.ckpt")
+    model = tk.load_tokenizer(tmp_path / "ar.ckpt")
+    assert model.config == tk.TOKENIZER_SIZES["256_L"] and values(model) == {5.0}
+
+
+KEY = "decoder.up.3.block.1.conv2.weight"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda e: e.pop("model_ema." + KEY.replace(".", "")),
+            ["model_ema.", "decoderup3block1conv2weight is missing"],
+        ),
+        (lambda e: e.pop("encoder.conv_in.weight"), ["encoder.conv_in.weight"]),
+        (lambda e: e.update({KEY: torch.ones(3)}), [KEY, "(3,)"]),
+        (
+            lambda e: e.update({"model_ema." + KEY.replace(".", ""): torch.ones(3)}),
+            [KEY.replace(".", ""), "(3,)"],
+        ),
+        (lambda e: e.update({"encoder.extra.weight": torch.ones(3)}), ["encoder.extra.weight"]),
+        (
+            lambda e: e.update({"model_ema.strange": torch.ones(3)}),
+            ["model_ema.", "entry strange is unexpected"],
+        ),
+        (lambda e: e.update({"strange.thing": torch.ones(3)}), ["strange.thing", "unexpected"]),
+    ],
+)
+def test_a_wrong_entry_is_named(tmp_path, change, words):
+    path = released_file(tmp_path / "x.ckpt", "128_L", change)
+    with pytest.raises(UserError) as error:
+        tk.load_tokenizer(path)
+    for word in [*words, "x.ckpt"]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_entry_names_the_size(tmp_path):
+    def change(entries):
+        del entries[KEY], entries["model_ema." + KEY.replace(".", "")]
+
+    with pytest.raises(UserError, match=rf"128_L tokenizer: entry {KEY} is missing"):
+        tk.load_tokenizer(released_file(tmp_path / "x.ckpt", "128_L", change))
+
+
+class Foreign:
+    """Would leave a mark if a reader ever ran it."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (str(self.mark),)
+
+
+def test_foreign_objects_are_not_executed(tmp_path):
+    mark = tmp_path / "executed"
+    path = released_file(tmp_path / "x.ckpt", "128_L", callbacks={"state": Foreign(mark)})
+    with pytest.warns(UserWarning, match="posix.mkdir"):
+        model = tk.load_tokenizer(path)
+    assert values(model) == {2.0} and not mark.exists()
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Foreign(mark)))
+    with pytest.raises(UserError, match="evil.pt"), pytest.warns():
+        tk.load_tokenizer(tmp_path / "evil.pt")
+    assert not mark.exists()
+
+
+def test_own_file_round_trip(tmp_path):
+    model = tk.Tokenizer(SIZES["tiny8"])
+    average = {name: value + 1 for name, value in model.state_dict().items()}
+    content = {
+        "kind": "tokenizer",
+        "step": 3,
+        "config": asdict(model.config),
+        "tokenizer": model.state_dict(),
+    }
+    torch.save(content | {"tokenizer_ema": average}, tmp_path / "step_00000003.pt")
+    for source in (tmp_path / "step_00000003.pt", tmp_path):  # a file, a run folder
+        ours = tk.load_tokenizer(source).state_dict()
+        assert all(torch.equal(ours[name], average[name]) for name in average)
+    raw = tk.load_tokenizer(tmp_path, ema=False).state_dict()
+    assert all(torch.equal(raw[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut short"])
+def test_torn_and_alien_files(tmp_path, content):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(UserError, match="x.ckpt"):
+        tk.load_tokenizer(tmp_path / "x.ckpt")
+
+
+def test_missing_path_and_offline_download(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no file or folder nowhere.ckpt"):
+        tk.load_tokenizer("nowhere.ckpt")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def offline(*args, **options):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(UserError) as error:
+        tk.load_tokenizer("256_L")
+    assert tk.RELEASED_TOKENIZERS["256_L"] in str(error.value)
+    assert str(tmp_path / "hub" / "checkpoints" / "imagenet_256_L.ckpt") in str(error.value)
+    path = (
+        tmp_path / "hub" / "checkpoints" / "imagenet_256_L.ckpt"
+    )  # where the message says: found from there on
+    path.parent.mkdir(parents=True, exist_ok=True)
+    released_file(path, "256_L")
+    assert tk.load_tokenizer("256_L").config == tk.TOKENIZER_SIZES["256_L"]
+
+
+def test_wrong_image_size():
+    model = tk.Tokenizer(SIZES["tiny8"])
+    with pytest.raises(UserError, match="60x64 is not a multiple of 8"):
+        model(torch.zeros(1, 3, 60, 64))
+    with pytest.raises(UserError, match="two tokens"):
+        model(torch.zeros(1, 3, 8, 8))

@@ -1,0 +1,347 @@
+"""The image tokenizer of Open-MAGVIT2 (arXiv 2409.04410): convolutional encoder, LFQ, convolutional decoder.
+
+    tokenizer = load_tokenizer("256_L")            # released name, a released or own file, or a run folder
+    indices = tokenizer.encode(images)             # (B, 3, H, W) in [-1, 1] -> (B, h, w) in 0..2^K-1
+    images = tokenizer.decode(indices)             # unclamped: clamp when you need pixels
+
+Fully convolutional, no attention: any height and width that the factor f divides (16 for 256_L, 8 for 128_L).
+
+Letters: B batch, K bits (latent channels), C channels, H W pixels, h w latent grid (h = H / f).
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from checkpoint import locate, match, read_weights
+from lfq import LFQ, indices_to_codes
+from runtime import UserError
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """`channels` at full resolution; width of level i is channels * channel_multipliers[i]; the resolution halves
+    between levels; `blocks_per_level` ResBlocks a level and in the middle; `bits` K, for 2^K codes."""
+
+    channels: int = 128
+    channel_multipliers: tuple = (1, 1, 2, 2, 4)
+    blocks_per_level: int = 4
+    bits: int = 18
+
+    def __post_init__(self):
+        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        if self.channels % 32:
+            raise UserError(
+                f"channels must be a multiple of 32 (GroupNorm has 32 groups), not {self.channels}"
+            )
+
+    @property
+    def widths(self):
+        return [self.channels * multiplier for multiplier in self.channel_multipliers]
+
+    @property
+    def factor(self):
+        """Pixels a token, in each direction."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+# 128_L and 256_L are the paper's. tiny is ours, for tests and first runs on a CPU.
+TOKENIZER_SIZES = {
+    "tiny": TokenizerConfig(32, (1, 2, 2), 1),
+    "128_L": TokenizerConfig(128, (1, 2, 2, 4), 4),
+    "256_L": TokenizerConfig(128, (1, 1, 2, 2, 4), 4),
+}
+
+HUB = "https://huggingface.co/TencentARC"
+RELEASED_TOKENIZERS = {
+    "128_L": f"{HUB}/Open-MAGVIT2-Tokenizer-128-resolution/resolve/main/imagenet_128_L.ckpt",
+    "256_L": f"{HUB}/Open-MAGVIT2-Tokenizer-256-resolution/resolve/main/imagenet_256_L.ckpt",
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# The network. Module names are those of the released files.
+
+
+def group_norm(channels, affine=True):
+    return nn.GroupNorm(32, channels, eps=1e-6, affine=affine)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C_in, H, W) -> (B, C_out, H, W). No convolution has a bias."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def forward(self, x):
+        y = self.conv1(silu(self.norm1(x)))
+        y = self.conv2(silu(self.norm2(y)))
+        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+def res_blocks(c_in, c_out, count):
+    return nn.ModuleList([ResBlock(c_in if i == 0 else c_out, c_out) for i in range(count)])
+
+
+class Level(nn.Module):
+    """One resolution: its ResBlocks, and where there is a next level the layer that changes the resolution."""
+
+    def __init__(self, c_in, c_out, blocks, downsample=False, upsample=False):
+        super().__init__()
+        self.block = res_blocks(c_in, c_out, blocks)
+        if downsample:
+            self.downsample = nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)
+        if upsample:
+            self.upsample = Upsampler(c_out)
+
+    def forward(self, x):
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
+        return x
+
+
+class Upsampler(nn.Module):
+    """Doubles the resolution: conv to 4 C, then depth to space."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        batch, channels, h, w = x.shape
+        # Released weights: the 4 C channels are ordered (row, column, channel), not as in PixelShuffle.
+        x = x.view(batch, 2, 2, channels // 4, h, w)
+        return x.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels // 4, 2 * h, 2 * w)
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """GroupNorm whose scale and bias come from the quantized latent's per-channel deviation and mean over pixels."""
+
+    def __init__(self, channels, bits):
+        super().__init__()
+        self.norm = group_norm(channels, affine=False)
+        self.gamma = nn.Linear(bits, channels)
+        self.beta = nn.Linear(bits, channels)
+
+    def forward(self, x, z):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        scale = self.gamma((z.var((2, 3), unbiased=True) + 1e-6).sqrt())  # (B, K) -> (B, C)
+        bias = self.beta(z.mean((2, 3)))
+        return self.norm(x) * scale[:, :, None, None] + bias[:, :, None, None]
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> latents (B, K, h, w)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, blocks = config.widths, config.blocks_per_level
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.down = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], widths[i], blocks, downsample=i < len(widths) - 1)
+            for i in range(len(widths))
+        )
+        self.mid_block = res_blocks(widths[-1], widths[-1], blocks)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.bits, 1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        for block in self.mid_block:
+            x = block(x)
+        return self.conv_out(silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Quantized latents (B, K, h, w) -> images (B, 3, H, W), unclamped."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, blocks = config.widths, config.blocks_per_level
+        incoming = [*widths[1:], widths[-1]]  # width that enters level i, coming from level i + 1
+        self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
+        self.mid_block = res_blocks(widths[-1], widths[-1], blocks)
+        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(width, config.bits) for width in incoming)
+        self.up = nn.ModuleList(
+            Level(incoming[i], widths[i], blocks, upsample=i > 0) for i in range(len(widths))
+        )
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        if z.shape[2] * z.shape[3] < 2:
+            raise UserError(
+                "the decoder needs at least two tokens an image (it takes the variance over them)"
+            )
+        x = self.conv_in(z)
+        for block in self.mid_block:
+            x = block(x)
+        for norm, level in zip(reversed(self.adaptive), reversed(self.up), strict=True):
+            x = level(norm(x, z))
+        return self.conv_out(silu(self.norm_out(x)))
+
+
+class Tokenizer(nn.Module):
+    """Encoder, quantizer, decoder. State-dict entries: the released `encoder.*` and `decoder.*`, no more.
+
+    `forward(images)` -> (reconstruction (B, 3, H, W) unclamped, indices (B, h, w), losses of `lfq.LFQ`).
+    Images are float NCHW in [-1, 1]; raises UserError where a side is no multiple of `factor`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.factor = config, config.factor
+        self.encoder = Encoder(config)
+        self.quantizer = LFQ(config.bits)
+        self.decoder = Decoder(config)
+
+    def quantize(self, images):
+        """Images -> (quantized (B, K, h, w), indices (B, h, w), losses)."""
+        if images.shape[2] % self.factor or images.shape[3] % self.factor:
+            size = f"{images.shape[2]}x{images.shape[3]}"
+            raise UserError(f"image size {size} is not a multiple of {self.factor}, this tokenizer's factor")
+        return self.quantizer(self.encoder(images))
+
+    def encode(self, images):
+        """(B, 3, H, W) in [-1, 1] -> indices (B, h, w), int64 in 0..2^K-1."""
+        return self.quantize(images)[1]
+
+    def decode(self, indices):
+        """Indices (B, h, w) -> images (B, 3, H, W), about [-1, 1], unclamped."""
+        dtype = self.decoder.conv_in.weight.dtype
+        return self.decoder(indices_to_codes(indices, self.config.bits, dtype).movedim(-1, 1))
+
+    def forward(self, images):
+        quantized, indices, losses = self.quantize(images)
+        return self.decoder(quantized), indices, losses
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading files
+
+
+def load_tokenizer(path_or_name, ema=True):
+    """A Tokenizer in eval mode, on the CPU, from a released name ("256_L", "128_L"), a released tokenizer or
+    transformer file, this project's own file or run folder, or a bare state dict of any of these.
+
+    ema: the moving average of the weights, where the file has one; False: the training weights. A released
+    transformer file carries the tokenizer that it was trained with, which is used as it stands.
+    Raises UserError naming the file and the entries at fault; nothing is ever loaded in part.
+    """
+    path = locate(path_or_name, RELEASED_TOKENIZERS)
+    content = read_weights(path)
+    if isinstance(content, dict) and content.get("kind") == "tokenizer":  # this project's own
+        state = content.get("tokenizer_ema", content["tokenizer"]) if ema else content["tokenizer"]
+        return tokenizer_from_entries(state, path, TokenizerConfig(**content["config"]))
+    if isinstance(content, dict) and content.get("kind") == "ar":  # carries the tokenizer it was trained with
+        if content.get("tokenizer") is None:
+            raise UserError(f"{path} is a transformer file that carries no tokenizer")
+        return tokenizer_from_entries(
+            content["tokenizer"]["state"], path, TokenizerConfig(**content["tokenizer"]["config"])
+        )
+    return tokenizer_from_entries(_weights_of(entries_of(content, path), path, ema), path)
+
+
+def entries_of(content, source):
+    """The flat name -> tensor dict of a released container or a bare state dict."""
+    entries = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries):
+        raise UserError(f"{source} holds no state dict")
+    return dict(entries)
+
+
+def _weights_of(entries, source, ema):
+    """The `encoder.*` and `decoder.*` entries to use among those of a released file."""
+    carried = _strip(entries, "first_stage_model.")
+    if carried:
+        return carried
+    weights, averages, other = {}, {}, []
+    for name, value in entries.items():
+        if name.startswith(("encoder.", "decoder.")):
+            weights[name] = value
+        elif name.startswith("model_ema."):
+            averages[name.removeprefix("model_ema.")] = value
+        elif not name.startswith(("loss.discriminator.", "loss.perceptual_loss.")):
+            other.append(name)
+    if other:
+        raise UserError(f"{source} is no tokenizer file: entry {other[0]} is unexpected")
+    _match_tokenizer(weights, source, _config_of(weights, source))
+    if not (ema and averages):
+        return weights
+    # Released files: an average is named like its parameter with every dot removed.
+    expected = {name.replace(".", ""): value for name, value in weights.items()}
+    found = {
+        name: value
+        for name, value in averages.items()
+        if name not in ("decay", "num_updates") and not name.startswith("lossdiscriminator")
+    }
+    match(found, expected, f"{source} (under model_ema.)", "the moving average of its weights")
+    return {name: found[name.replace(".", "")] for name in weights}
+
+
+def _strip(entries, prefix):
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+
+
+def tokenizer_from_entries(entries, source, config=None):
+    """A Tokenizer in eval mode from its `encoder.*` and `decoder.*` entries; the size is read off their shapes.
+
+    Raises UserError naming `source`, the entries that are missing, unexpected or wrongly shaped, and the size.
+    """
+    config = config or _config_of(entries, source)
+    tokenizer = _match_tokenizer(entries, source, config)
+    tokenizer.load_state_dict(
+        {name: value.to(torch.float32).clone() for name, value in entries.items()}, assign=True
+    )
+    return tokenizer.eval().requires_grad_(True)
+
+
+def _match_tokenizer(entries, source, config):
+    """An empty Tokenizer of that size, once the entries are found to be exactly its own."""
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config)
+    match(entries, tokenizer.state_dict(), source, _describe(config))
+    return tokenizer
+
+
+def _config_of(entries, source):
+    """The TokenizerConfig that the entries' names and shapes spell out."""
+
+    def shape(name):
+        if not isinstance(entries.get(name), torch.Tensor):
+            raise UserError(f"{source} holds no tokenizer: entry {name} is missing")
+        return entries[name].shape
+
+    def count(prefix):  # one more than the largest number behind the prefix
+        numbers = [name.removeprefix(prefix).split(".")[0] for name in entries if name.startswith(prefix)]
+        return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+
+    channels = shape("encoder.conv_in.weight")[0]
+    widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(count("encoder.down."))]
+    return TokenizerConfig(
+        channels=channels,
+        channel_multipliers=tuple(width // channels for width in widths),
+        blocks_per_level=count("encoder.down.0.block."),
+        bits=shape("encoder.conv_out.weight")[0],
+    )
+
+
+def _describe(config):
+    for name, size in TOKENIZER_SIZES.items():
+        if size == config:
+            return f"a {name} tokenizer"
+    return f"a tokenizer of size {asdict(config)}"
