@@ -1,0 +1,488 @@
+"""The autoregressive model of Open-MAGVIT2 (arXiv 2409.04410): a plain transformer over factorized tokens.
+
+A token of 2^18 codes is two sub-tokens, "pre" (6 bits) and "post" (12 bits). A causal transformer runs over
+the image's tokens in raster order (the spatial blocks); from each of its outputs a small one, over a sequence
+of two, predicts first the pre and then, given it, the post sub-token (the intra-token blocks).
+
+    model, tokenizer = load_ar("B")                 # released name, released or own file, or run folder
+    logits = model([pre, post], class_labels)       # teacher forcing: two of (B, N, 2^bits)
+    losses = cross_entropies(logits, [pre, post])   # two scalars; their sum is the objective
+    indices = model.generate(class_labels, cfg_scale=(1.9, 2.0), seeds=range(B))
+    images = tokenizer.decode(indices.view(B, 16, 16))
+
+Letters: B batch, N tokens (grid^2, or the first of them), d width, H heads, D head width, V vocabulary of a
+sub-token. `rows` are the sequences that run: B, or 2 B where guidance adds the null class's branch.
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from checkpoint import locate, match, read_weights
+from lfq import merge_indices
+from runtime import UserError
+from tokenizer import TokenizerConfig, entries_of, tokenizer_from_entries
+
+
+@dataclasses.dataclass(frozen=True)
+class ARConfig:
+    """Size of an `ARTransformer`. `factorized_bits`: bits of the pre and post sub-tokens; `grid`: side of the
+    token grid; `dropout`: probability on the token sequence and on what attention and feed-forward add.
+    Raises UserError for a size that cannot be built."""
+
+    width: int
+    heads: int
+    spatial_layers: int
+    intra_layers: int
+    factorized_bits: tuple = (6, 12)
+    grid: int = 16
+    num_classes: int = 1000
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        object.__setattr__(self, "factorized_bits", tuple(self.factorized_bits))  # JSON makes it a list
+        for name in ("width", "heads", "spatial_layers", "intra_layers", "grid", "num_classes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.width % self.heads or self.head_width % 4:
+            raise UserError(
+                f"width {self.width} over {self.heads} heads: a head's width must be a whole multiple of 4 "
+                f"(rotation pairs, half of them for rows and half for columns)"
+            )
+        if len(self.factorized_bits) != 2 or min(self.factorized_bits) < 1:
+            raise UserError(
+                f"factorized_bits must be two positive numbers (pre, post), not {self.factorized_bits}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+    @property
+    def head_width(self):
+        return self.width // self.heads
+
+
+# B, L and XL are the paper's. tiny is ours, for tests and first runs on a CPU.
+AR_SIZES = {
+    "tiny": ARConfig(width=128, heads=4, spatial_layers=4, intra_layers=1, grid=8),
+    "B": ARConfig(width=1024, heads=16, spatial_layers=24, intra_layers=2),
+    "L": ARConfig(width=1280, heads=20, spatial_layers=36, intra_layers=3),
+    "XL": ARConfig(width=1536, heads=24, spatial_layers=48, intra_layers=4),
+}
+
+RELEASED_AR = {
+    name: "https://huggingface.co/TencentARC/"
+    f"Open-MAGVIT2-AR-{name}-256-resolution/resolve/main/AR_256_{name}.ckpt"
+    for name in ("B", "L", "XL")
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# The network. Module names are those of the released files.
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, eps 1e-5, in float32 whatever autocast says."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), eps=1e-5).type_as(x)
+
+
+def rotary_table(grid, head_width, device=None):
+    """cos and sin of the 2D rotary embedding, (2, grid^2 + 1, D/2) float32.
+
+    Grid place t stands at position t + 1. The first D/4 rotation pairs turn by row * frequency, the others by
+    column * frequency, frequencies 1 / 10000^(2j / (D/2)), j = 0..D/4-1.
+    """
+    half = head_width // 2
+    frequencies = 1 / 10000 ** (torch.arange(0, half, 2, device=device) / half)  # (D/4,)
+    angles = torch.arange(grid, device=device)[:, None] * frequencies  # (grid, D/4)
+    by_row, by_column = angles[:, None].expand(-1, grid, -1), angles[None].expand(grid, -1, -1)
+    angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)  # (grid, grid, D/2) -> (grid^2, D/2)
+    # Released weights: position 0 (the class) has cos = sin = 0, not angle 0, so its query and key vanish.
+    return F.pad(torch.stack([angles.cos(), angles.sin()]), (0, 0, 1, 0))
+
+
+def rotate(x, rotary):
+    """Turn the adjacent pairs (2m, 2m+1) of x (..., N, D) by `rotary` (2, N, D/2), in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (..., N, D) -> two of (..., N, D/2)
+    cos, sin = rotary
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, (rows, N, d) -> (rows, N, d).
+
+    With a cache (2, rows, H, length, D) there is one input, N = 1, and it stands at position `start`: its key
+    and value are written there, and it attends to the filled part only, 0..start.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x, rotary, cache=None, start=0):
+        # (rows, N, 3 d) -> three of (rows, H, N, D)
+        query, key, value = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        if cache is not None:
+            cache[0, :, :, start], cache[1, :, :, start] = key[:, :, 0], value[:, :, 0]
+            key, value = cache[:, :, :, : start + 1]
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None)
+        return self.wo(mixed.transpose(1, 2).flatten(2))  # (rows, H, N, D) -> (rows, N, d)
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x); its width is 2/3 of 4 d, rounded up to a multiple of 256."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = math.ceil(int(2 * 4 * config.width / 3) / 256) * 256
+        self.w1 = nn.Linear(config.width, hidden, bias=False)
+        self.w3 = nn.Linear(config.width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, config.width, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; dropout on what attention and feed-forward add, none inside attention."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.width)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x, rotary, cache=None, start=0):
+        added = self.attention(self.attention_norm(x), rotary, cache, start)
+        x = x + F.dropout(added, self.dropout, self.training)
+        return x + F.dropout(self.feed_forward(self.ffn_norm(x)), self.dropout, self.training)
+
+
+class ARTransformer(nn.Module):
+    """Class-conditional transformer over tokens of two sub-tokens. State-dict entries: the released ones
+    without `transformer.`, no more.
+
+    Initialised N(0, 0.02), both heads zero. `class_dropout` is the probability with which training replaces
+    an image's class by the null class, number `num_classes`. `class_names`: list of names, or None.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.class_dropout, self.class_names = config, 0.1, None
+        pre, post = (2**bits for bits in config.factorized_bits)
+        self.pre_emb = nn.Embedding(pre, config.width)
+        self.post_emb = nn.Embedding(post, config.width)
+        # The last row is the null class, "no class".
+        self.class_emb = nn.ModuleDict(
+            {"embedding_table": nn.Embedding(config.num_classes + 1, config.width)}
+        )
+        self.spatial_blocks = nn.ModuleList(Block(config) for _ in range(config.spatial_layers))
+        self.factorized_blocks = nn.ModuleList(Block(config) for _ in range(config.intra_layers))
+        self.norm = RMSNorm(config.width)
+        self.head = nn.ModuleList(nn.Linear(config.width, size, bias=False) for size in (pre, post))
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        for head in self.head:
+            nn.init.zeros_(head.weight)
+
+    def _rotary(self):
+        # Some ten small operations: cheaper than a buffer that .to(bfloat16) would round.
+        return rotary_table(self.config.grid, self.config.head_width, self.norm.weight.device)
+
+    def forward(self, sub_indices, class_labels):
+        """Teacher forcing: logits of every token given its class, the tokens before it, and for post its pre.
+
+        sub_indices: pre and post, (B, N) integers each, N up to grid^2. class_labels: (B,) in 0..num_classes.
+        Returns [logits_pre (B, N, V_pre), logits_post (B, N, V_post)]. In train mode classes and tokens drop
+        out, drawn from torch's global generator. Raises UserError where N is larger than the grid.
+        """
+        pre, post = sub_indices
+        batch, tokens = pre.shape
+        if tokens > self.config.grid**2:
+            raise UserError(
+                f"{tokens} tokens do not fit this model's grid of {self.config.grid}x{self.config.grid}"
+            )
+        if self.training:
+            dropped = torch.rand(batch, device=class_labels.device) < self.class_dropout
+            class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
+        rotary = self._rotary()
+        # The class predicts token 0, token t - 1 predicts token t: the last token only ever is an answer.
+        given = self.pre_emb(pre[:, :-1]) + self.post_emb(post[:, :-1])
+        x = torch.cat([self.class_emb["embedding_table"](class_labels)[:, None], given], dim=1)  # (B, N, d)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.spatial_blocks:
+            x = block(x, rotary[:, :tokens])
+        pair = torch.stack([x, self.pre_emb(pre)], dim=2).flatten(0, 1)  # (B, N, 2, d) -> (B*N, 2, d)
+        for block in self.factorized_blocks:
+            # Released weights: the pair takes positions 0 and 1 of the same table, so 0 is zeroed here too.
+            pair = block(pair, rotary[:, :2])
+        pair = self.norm(pair).unflatten(0, (batch, tokens))
+        return [self.head[0](pair[:, :, 0]), self.head[1](pair[:, :, 1])]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        class_labels,
+        cfg_scale=(1.0, 1.0),
+        temperature=(1.0, 1.0),
+        top_k=(0, 0),
+        top_p=(1.0, 1.0),
+        seeds=None,
+        max_tokens=None,
+    ):
+        """Draw images' tokens, with classifier-free guidance; always in eval mode.
+
+        class_labels: (B,) in 0..num_classes. Every option is a pair (pre, post): `cfg_scale`, where (1, 1) is
+        no guidance and runs no null branch; `temperature` > 0; `top_k`, 0 is off; `top_p` in (0, 1], 1 is
+        off. seeds: one integer an image (0..B-1 where None); an image is a function of its seed, class and
+        options, not of its batch. max_tokens: stop after so many (grid^2 where None).
+        Returns merged indices (B, max_tokens) int64. Raises UserError for options out of range.
+        """
+        tokens = self.config.grid**2 if max_tokens is None else max_tokens
+        seeds = list(range(len(class_labels)) if seeds is None else seeds)
+        self._check_sampling(class_labels, cfg_scale, temperature, top_k, top_p, seeds, tokens)
+        device = self.norm.weight.device
+        guide = any(scale != 1 for scale in cfg_scale)
+        options = list(zip(cfg_scale if guide else (None, None), temperature, top_k, top_p, strict=True))
+        uniforms = image_uniforms(seeds, self.config.grid**2).to(device)
+        labels = class_labels.to(device)
+        if guide:  # both branches run as one batch: the images' classes, then as many null classes
+            labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+        rotary, caches = self._rotary(), self._caches(len(labels), tokens)
+        was_training = self.training
+        self.eval()
+        try:
+            x = self.class_emb["embedding_table"](labels)[:, None]  # (rows, 1, d)
+            drawn = []
+            for t in range(tokens):  # nothing in here waits for the device
+                x, sub_tokens = self._token_step(x, t, rotary, caches, uniforms[:, t], options)
+                drawn.append(merge_indices(sub_tokens, self.config.factorized_bits))
+        finally:
+            self.train(was_training)
+        return torch.stack(drawn, dim=1)
+
+    def _caches(self, rows, tokens):
+        """Keys and values (layers, 2, rows, H, N, D) of the spatial and of the intra-token blocks (N = 2)."""
+        config, weight = self.config, self.norm.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        return [
+            weight.new_empty((layers, 2, rows, config.heads, length, config.head_width), dtype=dtype)
+            for layers, length in ((config.spatial_layers, tokens), (config.intra_layers, 2))
+        ]
+
+    def _token_step(self, x, position, rotary, caches, uniforms, options):
+        """One token of every image: x (rows, 1, d) enters at `position`, uniforms (B, 2) decide the draws.
+
+        Returns the next x and the sub-tokens [pre, post], (B,) each. No shape depends on `position`, except
+        how much of the spatial cache is attended to.
+        """
+        spatial_cache, intra_cache = caches
+        for block, cache in zip(self.spatial_blocks, spatial_cache, strict=True):
+            x = block(x, rotary[:, position : position + 1], cache, position)
+        sub_tokens, following = [], 0
+        for part, embedding in enumerate((self.pre_emb, self.post_emb)):
+            for block, cache in zip(self.factorized_blocks, intra_cache, strict=True):
+                x = block(x, rotary[:, part : part + 1], cache, part)
+            logits = self.head[part](self.norm(x))[:, 0].float()  # (rows, V)
+            sub_token = _sample(logits, uniforms[:, part], *options[part])
+            sub_tokens.append(sub_token)
+            # Both branches of guidance go on from the token drawn.
+            x = embedding(sub_token).repeat(len(x) // len(sub_token), 1)[:, None]  # (B,) -> (rows, 1, d)
+            following = following + x  # the next position's input is the sum of the two embeddings
+        return following, sub_tokens
+
+    def _check_sampling(self, class_labels, cfg_scale, temperature, top_k, top_p, seeds, tokens):
+        pairs = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        for name, pair in pairs.items():
+            if len(pair) != 2:
+                raise UserError(f"{name} must be a pair (pre, post), not {pair}")
+        if not all(math.isfinite(scale) for scale in cfg_scale):
+            raise UserError(f"cfg_scale must be finite, not {cfg_scale}")
+        if not all(0 < value < math.inf for value in temperature):
+            raise UserError(
+                f"temperature must be above 0, not {temperature}; for the likeliest token use top_k 1"
+            )
+        if not all(k >= 0 and k == int(k) for k in top_k):
+            raise UserError(f"top_k must be whole numbers, 0 (off) or more, not {top_k}")
+        if not all(0 < p <= 1 for p in top_p):
+            raise UserError(f"top_p must be above 0 and at most 1 (off), not {top_p}")
+        if len(seeds) != len(class_labels):
+            raise UserError(f"{len(class_labels)} images need as many seeds, not {len(seeds)}")
+        if not 1 <= tokens <= self.config.grid**2:
+            raise UserError(f"max_tokens must be 1 to {self.config.grid**2} (the grid), not {tokens}")
+        if len(class_labels) == 0:
+            raise UserError("class_labels is empty; give at least one")
+        lowest, highest = class_labels.aminmax()
+        if lowest < 0 or highest > self.config.num_classes:
+            raise UserError(
+                f"class labels must be 0 to {self.config.num_classes} (the null class), "
+                f"not {lowest} to {highest}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def guided(cond, uncond, scale):
+    """Classifier-free guidance of logits: uncond + scale * (cond - uncond)."""
+    return uncond + scale * (cond - uncond)
+
+
+def filter_logits(logits, top_k=0, top_p=1.0):
+    """Logits (..., V) with what top-k and then top-p leave out set to -inf; at least one entry stays.
+
+    top_k: keep logits that reach the k-th largest (0: all). top_p: keep the smallest set of the likeliest
+    entries whose probability, after top-k, passes p (1: all).
+    """
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        reached = ordered.softmax(-1).cumsum(-1)
+        keep = F.pad(reached[..., :-1], (1, 0)) <= top_p  # while all likelier ones together have not passed p
+        keep = keep.scatter(-1, order, keep)  # from the order of likelihood back to that of the vocabulary
+        logits = logits.masked_fill(~keep, -math.inf)
+    return logits
+
+
+def draw(logits, uniforms):
+    """An entry of softmax(logits) by inverse CDF: logits (B, V), uniforms (B,) in [0, 1) -> (B,) int64.
+
+    It is the first entry whose cumulative probability (float64) passes u; never one of probability 0.
+    """
+    likelihood = logits.double().softmax(-1)
+    cumulative = likelihood.cumsum(-1).masked_fill(likelihood == 0, 0)
+    total = cumulative.amax(-1, keepdim=True)
+    # Rounding may bring u * total up to total, past every entry: then it is the one that reaches the total.
+    passes = (cumulative > uniforms[:, None] * total) | (cumulative == total)
+    return passes.int().argmax(-1)  # the first
+
+
+def _sample(logits, uniforms, scale, temperature, top_k, top_p):
+    """Logits (rows, V) -> sub-tokens (B,): guidance (unless scale is None), temperature, filter, draw."""
+    if scale is not None:
+        logits = guided(*logits.chunk(2), scale)
+    return draw(filter_logits(logits / temperature, top_k, top_p), uniforms)
+
+
+def image_uniforms(seeds, tokens):
+    """Uniforms (B, N, 2) in [0, 1), float64, on the CPU: each image's come from its own seed."""
+    return torch.stack(
+        [
+            torch.rand(tokens, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(int(seed)))
+            for seed in seeds
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def cross_entropies(logits, sub_indices):
+    """The mean cross entropies (pre, post), in nats, float32, of two logits (B, N, V) and indices (B, N)."""
+    return tuple(
+        F.cross_entropy(part.float().flatten(0, 1), answer.flatten())
+        for part, answer in zip(logits, sub_indices, strict=True)
+    )
+
+
+def learning_rate(
+    iteration, peak, iterations_an_epoch, epochs, warmup_epochs, warmup_start=0.005, flat=0.05, floor=0.1
+):
+    """Learning rate of an iteration, counted from 0.
+
+    A linear warm-up from warmup_start * peak over `warmup_epochs`; then, over the iterations that remain, the
+    peak for their first `flat` share, and a straight line to floor * peak, reached at the last iteration.
+    """
+    warmup, last = warmup_epochs * iterations_an_epoch, epochs * iterations_an_epoch - 1
+    if iteration < warmup:
+        return peak * (warmup_start + (1 - warmup_start) * iteration / warmup)
+    done = (iteration - warmup) / max(last - warmup, 1)
+    if done <= flat:
+        return peak
+    return peak * (floor + (1 - floor) * (1 - done) / (1 - flat))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading files
+
+
+def load_ar(path_or_name, config=None):
+    """(ARTransformer, Tokenizer or None), both in eval mode and on the CPU.
+
+    path_or_name: a released name ("B", "L", "XL"), a released transformer file, this project's own file or
+    run folder, or a bare state dict of any of these. B, L and XL are known by their width, own files carry
+    their configuration; a bare state dict of another width needs `config`. The tokenizer is the one in the
+    file, which the model was trained with. `class_names` of the model: an own file's list, otherwise None.
+    Raises UserError naming the file, the entries at fault and the size expected; nothing is loaded in part.
+    """
+    path = locate(path_or_name, RELEASED_AR)
+    content = read_weights(path)
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind == "tokenizer":
+        raise UserError(
+            f"{path} is a tokenizer file; give a transformer file (from train_ar.py, or AR_256_B.ckpt)"
+        )
+    if kind == "ar":  # this project's own
+        try:
+            config, entries = config or ARConfig(**content["config"]), content["model"]
+            class_names, carried = content["class_names"], content["tokenizer"] or {}
+            tokenizer_entries = carried and carried["state"]
+            tokenizer_config = carried and TokenizerConfig(**carried["config"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is no whole transformer file of this project: {error}") from None
+    else:
+        class_names = tokenizer_config = None
+        entries, tokenizer_entries = {}, {}
+        for name, value in entries_of(content, path).items():
+            if name.startswith("first_stage_model."):
+                tokenizer_entries[name.removeprefix("first_stage_model.")] = value
+            else:
+                entries[name.removeprefix("transformer.")] = value
+        config = config or _config_by_width(entries, path)
+    with torch.device("meta"):  # no memory and no time for an initialisation that is replaced
+        model = ARTransformer(config)
+    match(entries, model.state_dict(), path, _describe(config))
+    model.load_state_dict({name: value.float() for name, value in entries.items()}, assign=True)
+    model.class_names = class_names
+    if not tokenizer_entries:
+        return model.eval(), None
+    return model.eval(), tokenizer_from_entries(tokenizer_entries, path, tokenizer_config)
+
+
+def _config_by_width(entries, source):
+    """The paper's size whose width the entries have: the width fixes heads and grid."""
+    table = entries.get("class_emb.embedding_table.weight")
+    if not isinstance(table, torch.Tensor) or table.ndim != 2:
+        if any(name.startswith(("encoder.", "decoder.")) for name in entries):
+            raise UserError(f"{source} is a tokenizer file; give a transformer file, such as AR_256_B.ckpt")
+        raise UserError(f"{source} holds no transformer: entry class_emb.embedding_table.weight is missing")
+    for name in RELEASED_AR:
+        if AR_SIZES[name].width == table.shape[1]:
+            return AR_SIZES[name]
+    raise UserError(
+        f"{source} is a bare state dict of width {table.shape[1]}, which is no released size, so its heads "
+        f"and grid cannot be told; use a checkpoint of train_ar.py, which carries them, or give the config"
+    )
+
+
+def _describe(config):
+    name = next((f"{name} transformer" for name, size in AR_SIZES.items() if size == config), "transformer")
+    return f"a {name} of size {dataclasses.asdict(config)}"
