@@ -243,8 +243,6 @@ class LeCAM(nn.Module):
 # ---------------------------------------------------------------------------------------------------------
 # The two losses
 
-GAN_WEIGHT, ENTROPY_WEIGHT, COMMITMENT_WEIGHT = 0.1, 0.1, 0.25
-
 
 def _wide(x):
     """float32 at least: under autocast networks answer in half precision, and losses must not."""
@@ -256,10 +254,20 @@ def generator_gan_loss(logits):
     return softplus(-_wide(logits).mean((1, 2, 3))).mean()
 
 
-def generator_loss(x, y, quantizer_losses, lpips=None, discriminator=None):
+def generator_loss(
+    x,
+    y,
+    quantizer_losses,
+    lpips=None,
+    discriminator=None,
+    gan_weight=0.1,
+    entropy_weight=0.1,
+    commitment_weight=0.25,
+):
     """The generator's loss on one micro-batch, and its terms by name (detached scalars, unweighted).
 
-    quantizer_losses: as `lfq.LFQ` returns them. lpips, discriminator: None leaves that term out.
+    quantizer_losses: as `lfq.LFQ` returns them. lpips, discriminator: None leaves that term out. The weights are the
+    paper's.
     """
     absolute = (x - y).abs()
     terms = {"l1": absolute.mean()}
@@ -269,12 +277,9 @@ def generator_loss(x, y, quantizer_losses, lpips=None, discriminator=None):
         loss = loss + terms["lpips"]
     if discriminator is not None:
         terms["gan"] = generator_gan_loss(discriminator(y))
-        loss = loss + GAN_WEIGHT * terms["gan"]
-    loss = (
-        loss
-        + ENTROPY_WEIGHT * quantizer_losses["entropy"]
-        + COMMITMENT_WEIGHT * quantizer_losses["commitment"]
-    )
+        loss = loss + gan_weight * terms["gan"]
+    loss = loss + entropy_weight * quantizer_losses["entropy"]
+    loss = loss + commitment_weight * quantizer_losses["commitment"]
     terms |= {name: quantizer_losses[name] for name in ("sample_entropy", "codebook_entropy", "commitment")}
     return loss, {name: value.detach() for name, value in terms.items()}
 

@@ -89,7 +89,7 @@ class Runtime:
 def start():
     """Pick this process's device and, under torchrun, join the process group. Returns a `Runtime`."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         count, kind = torch.accelerator.device_count(), torch.accelerator.current_accelerator().type
@@ -295,8 +295,14 @@ class RunLog:
                 f"step {step}/{self.total} {words} | {speed:.1f} images/s {memory:.1f} GiB left {clock}"
             )
 
+    def note(self, step, **values):
+        """Print and record what was measured beside the losses; its time does not count as training time."""
+        self.rt.say(f"step {step} " + " ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.write(step, **values)
+        self.last_time, self.last_step = time.perf_counter(), step
+
     def write(self, step, **values):
-        """Append a JSON line (and TensorBoard scalars) without printing."""
+        """Append a JSON line, and TensorBoard scalars."""
         if not self.rt.main:
             return
         values = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}

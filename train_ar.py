@@ -1,0 +1,296 @@
+"""Stage II: train the class-conditional transformer on a code cache (Open-MAGVIT2, arXiv 2409.04410).
+
+    python train_ar.py --codes codes/train --out runs/ar                          # a CPU, minutes
+    torchrun --nproc_per_node=8 train_ar.py --preset B --codes codes/imagenet --micro-batch 96 --out runs/B
+
+The codes come from encode.py, with the tokenizer that made them. What comes out, under --out: config.json, log.jsonl,
+step_XXXXXXXX.pt (the last two; everything a resume needs, and, carrying the tokenizer, all that sample.py needs),
+samples/step_XXXXXXXX.png (one class a row). Running the same command again goes on from the newest checkpoint, to the
+very weights of a run never stopped.
+"""
+
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import runtime
+from ar_model import AR_SIZES, ARTransformer, cross_entropies, learning_rate
+from checkpoint import changed_settings, load_latest, save_checkpoint
+from lfq import split_indices
+from tokenizer import load_tokenizer
+
+# The paper's settings for B, L and XL. tiny is ours, for a CPU.
+_PAPER = {"global_batch": 768, "micro_batch": 24, "lr": 3e-4, "epochs": 300, "warmup_epochs": 6, "steps": 0}
+PRESETS = {
+    "tiny": {
+        "global_batch": 64,
+        "micro_batch": 64,
+        "lr": 2e-3,
+        "epochs": 0,
+        "steps": 1000,
+        "warmup_epochs": 1,
+        "dropout": 0.0,
+    },
+    "B": {**_PAPER, "dropout": 0.1},
+    "L": {**_PAPER, "dropout": 0.1},
+    "XL": {**_PAPER, "dropout": 0.1, "lr": 2.4e-4, "epochs": 350, "warmup_epochs": 7},
+}
+for name, preset in PRESETS.items():
+    size = AR_SIZES[name]
+    preset |= {"width": size.width, "heads": size.heads}
+    preset |= {"spatial_layers": size.spatial_layers, "intra_layers": size.intra_layers}
+
+# Settings that a resumed run may change freely: they leave the weights alone.
+MAY_CHANGE = {
+    "out",
+    "codes",
+    "val_codes",
+    "log_every",
+    "save_every",
+    "keep_every",
+    "eval_every",
+    "eval_pictures",
+}
+MAY_CHANGE |= {"allow_changes", "micro_batch", "preset"}
+
+
+def parse(argv=None):
+    arguments = runtime.parser(
+        "Stage II: train the class-conditional transformer on the codes that encode.py wrote.",
+        "  python train_ar.py --codes codes/train --val-codes codes/val --out runs/ar\n"
+        "  torchrun --nproc_per_node=8 train_ar.py --preset B --codes codes/imagenet --micro-batch 96 --out runs/B",
+    )
+    add = arguments.add_argument_group("data").add_argument
+    add("--codes", default="codes/train", help="code cache to train on, from encode.py")
+    add("--val-codes", help="code cache for the validation loss; none: not computed")
+    add("--seed", type=int, default=0, help="of initialisation, order, crops, dropout, sample pictures")
+    add = arguments.add_argument_group("model").add_argument
+    add("--preset", default="tiny", help="size and settings: tiny, B, L or XL; the flags below override it")
+    add("--width", type=int, help="model width d")
+    add("--heads", type=int, help="attention heads")
+    add("--spatial-layers", type=int, help="blocks over the token sequence")
+    add("--intra-layers", type=int, help="blocks over each token's two sub-tokens")
+    add(
+        "--pre-bits",
+        type=int,
+        default=6,
+        help="bits of the first sub-token; the second has the tokenizer's rest",
+    )
+    add("--dropout", type=float, help="dropout probability on tokens, attention and feed-forward outputs")
+    add = arguments.add_argument_group("schedule").add_argument
+    add("--global-batch", type=int, help="pictures a step, over all devices")
+    add("--micro-batch", type=int, help="pictures a device at once; accumulation is derived")
+    add("--epochs", type=int, help="length of the run, epochs of ceil(pictures / global batch) steps")
+    add("--steps", type=int, help="length of the run in steps instead, where not 0")
+    add("--lr", type=float, help="peak learning rate of AdamW")
+    add("--warmup-epochs", type=float, help="epochs of linear warm-up from 0.005 of the peak")
+    add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
+    add = arguments.add_argument_group("output").add_argument
+    add("--out", default="runs/ar", help="the run's folder")
+    add("--log-every", type=int, default=50, help="steps between log lines")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints")
+    add(
+        "--keep-every",
+        type=int,
+        default=0,
+        help="keep checkpoints of multiples of this many steps for good; 0: none",
+    )
+    add("--eval-every", type=int, default=1000, help="steps between validation losses and sample pictures")
+    add("--eval-pictures", type=int, default=10000, help="validation pictures an evaluation takes")
+    add("--allow-changes", action="store_true", help="resume although settings differ from the checkpoint's")
+    return runtime.parse_with_presets(arguments, PRESETS, argv)
+
+
+def open_caches(args):
+    """(training codes, validation codes or None, the tokenizer that made both)."""
+    codes = data.open_codes(args.codes)
+    val_codes = data.open_codes(args.val_codes) if args.val_codes else None
+    if val_codes and val_codes.manifest["tokenizer_hash"] != codes.manifest["tokenizer_hash"]:
+        raise runtime.UserError(
+            f"{args.val_codes} was made by another tokenizer than {args.codes}; encode it again"
+        )
+    if val_codes and val_codes.classes != codes.classes:
+        raise runtime.UserError(f"{args.val_codes} has other classes than {args.codes}")
+    if codes.grid[0] != codes.grid[1]:
+        raise runtime.UserError(f"{args.codes} holds a {codes.grid} grid; the transformer wants a square one")
+    return codes, val_codes, load_tokenizer(Path(args.codes) / "tokenizer.pt")
+
+
+def main():
+    args = parse()
+    rt = runtime.start()
+    args.precision = runtime.set_precision(rt, args.precision)
+    accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
+
+    # Data and model
+    codes, val_codes, tokenizer = open_caches(args)
+    parts = (args.pre_bits, tokenizer.config.bits - args.pre_bits)
+    config = dataclasses.replace(
+        AR_SIZES[args.preset],
+        **{
+            name: getattr(args, name)
+            for name in ("width", "heads", "spatial_layers", "intra_layers", "dropout")
+        },
+        factorized_bits=parts,
+        grid=codes.grid[0],
+        num_classes=len(codes.classes),
+    )
+    runtime.seed_everything(args.seed)
+    model = ARTransformer(config).to(rt.device)
+    # The published code makes two groups, but its schedule then writes the decay into both: all parameters decay.
+    fused = rt.device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, fused=fused
+    )
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
+    epoch_steps = math.ceil(len(codes) / args.global_batch)
+    total = args.steps or args.epochs * epoch_steps
+    warmup = round(args.warmup_epochs * epoch_steps)
+
+    # Resume
+    settings = vars(args) | {"pictures": len(codes), "total_steps": total}
+    settings |= {"tokenizer_hash": codes.manifest["tokenizer_hash"]}
+    out = Path(args.out)
+    path, state = load_latest(rt, out, "ar")
+    first = 0
+    if state:
+        changed = changed_settings(state["settings"], settings, MAY_CHANGE)
+        if changed and not args.allow_changes:
+            raise runtime.UserError(
+                f"{path}: {changed}; use those settings, another --out, or --allow-changes"
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"]) if scaler.is_enabled() else None
+        first = state["step"]
+    runtime.open_run(rt, out, settings)
+    parameters = sum(p.numel() for p in model.parameters())
+    rt.say(
+        f"{parameters / 1e6:.1f} M parameters; {len(codes)} pictures, {epoch_steps} steps an epoch, {total} steps; "
+        f"global batch {args.global_batch} = {rt.world} process(es) x {args.micro_batch} x {accumulation} accumulated"
+        + (f"; resumed {path} at step {first}" if state else "")
+    )
+    del state
+    step_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if rt.world > 1 else model
+
+    def save(step):
+        guard.check(rt, path)
+        carried = {"config": dataclasses.asdict(tokenizer.config), "state": tokenizer.state_dict()}
+        content = {"kind": "ar", "step": step, "config": dataclasses.asdict(config), "settings": settings}
+        content |= {"model": model.state_dict(), "class_names": codes.classes, "tokenizer": carried}
+        content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        saved = save_checkpoint(out, content, keep_every=args.keep_every) if rt.main else path
+        return rt.share(saved)
+
+    order = data.SampleOrder(len(codes), args.seed)
+    log = runtime.RunLog(rt, out, total, first, args.global_batch)
+    stop, guard = runtime.StopSignal(rt), runtime.FiniteGuard(rt.device)
+    model.train()
+    for step in range(first, total):
+        lr = learning_rate(step, args.lr, 1, total, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # Forward and backward, micro-batch by micro-batch; gradients travel with the last one only
+        terms = []
+        for i in range(accumulation):
+            number = rt.rank * accumulation + i  # of this micro-batch within the global batch
+            entries = order.at(step * args.global_batch + number * args.micro_batch, args.micro_batch)
+            indices, labels = (
+                part.to(rt.device, non_blocking=True) for part in codes.batch(entries, args.seed)
+            )
+            sub_indices = split_indices(indices, parts)
+            runtime.seed_everything(args.seed, step, number)  # class dropout and dropout
+            syncing = i == accumulation - 1 or rt.world == 1
+            with contextlib.nullcontext() if syncing else step_model.no_sync():
+                with runtime.autocast(rt.device, args.precision):
+                    logits = step_model(sub_indices, labels)
+                pre, post = cross_entropies(logits, sub_indices)
+                scaler.scale((pre + post) / accumulation).backward()
+            terms.append(torch.stack([pre.detach(), post.detach()]))
+
+        # One step
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        means = torch.stack(terms).mean(0)
+        guard.watch(step + 1, means.sum())
+
+        # Log, evaluate, save, leave
+        done = step + 1
+        log.tick()
+        if done % args.log_every == 0 or done == total:
+            guard.check(rt, path)
+            pre, post = rt.reduce(means.tolist(), "mean")
+            log.line(
+                done,
+                loss=pre + post,
+                cross_entropy_pre=pre,
+                cross_entropy_post=post,
+                grad_norm=norm.item(),
+                lr=lr,
+            )
+        if done % args.eval_every == 0 or done == total:
+            if val_codes:
+                pre, post = validation_losses(rt, model, val_codes, parts, args)
+                log.note(done, val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)
+            if rt.main:
+                show_samples(rt, model, tokenizer, args, out / "samples" / f"step_{done:08d}.png")
+            rt.barrier()
+            model.train()
+        leaving = stop.agreed() and done < total
+        if done % args.save_every == 0 or done == total or leaving:
+            path = save(done)
+        if leaving:
+            rt.say(
+                f"stopped by a signal after step {done}; saved {path}. Run the same command again to go on."
+            )
+            break
+    log.close()
+    rt.say(f"checkpoint {path or 'none'}; pictures in {out / 'samples'}")
+
+
+@torch.no_grad()
+def validation_losses(rt, model, codes, parts, args):
+    """Mean cross entropies (pre, post) over validation pictures, in eval mode, shared out over ranks."""
+    model.eval()
+    count = min(args.eval_pictures, len(codes))
+    mine = torch.linspace(0, len(codes) - 1, count).long().tensor_split(rt.world)[rt.rank].tolist()
+    sums, number = torch.zeros(2, dtype=torch.float64), 0
+    for first in range(0, len(mine), args.micro_batch):
+        entries = [(0, index) for index in mine[first : first + args.micro_batch]]
+        indices, labels = (part.to(rt.device) for part in codes.batch(entries, args.seed))
+        sub_indices = split_indices(indices, parts)
+        with runtime.autocast(rt.device, args.precision):
+            logits = model(sub_indices, labels)
+        sums += torch.stack(cross_entropies(logits, sub_indices)).double().cpu() * len(entries)
+        number += len(entries)
+    *sums, number = rt.reduce([*sums.tolist(), number])
+    return [value / number for value in sums]
+
+
+@torch.no_grad()
+def show_samples(rt, model, tokenizer, args, path):
+    """A picture of up to 8 classes, 4 samples each, drawn as sample.py would for showing."""
+    classes = torch.linspace(0, model.config.num_classes - 1, min(8, model.config.num_classes)).long()
+    labels = classes.repeat_interleave(4).to(rt.device)
+    tokenizer.to(rt.device)
+    with runtime.autocast(rt.device, args.precision):
+        indices = model.generate(
+            labels, (4.0, 4.0), (1.0, 1.0), (0, 0), (0.96, 0.96), list(range(len(labels)))
+        )
+        images = tokenizer.decode(indices.unflatten(1, (model.config.grid, model.config.grid)))
+    tokenizer.cpu()
+    path.parent.mkdir(exist_ok=True)
+    data.picture_grid(data.to_uint8(images).cpu(), columns=4).save(path)
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)

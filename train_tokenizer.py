@@ -1,0 +1,340 @@
+"""Stage I: train the image tokenizer (Open-MAGVIT2, arXiv 2409.04410; spec of the losses: losses.py).
+
+    python train_tokenizer.py --data glyphs --out runs/tokenizer                  # a CPU, minutes, nothing to download
+    torchrun --nproc_per_node=8 train_tokenizer.py --preset 256_L --data imagenet/train --val-data imagenet/val
+
+What comes out, under --out: config.json, log.jsonl, step_XXXXXXXX.pt (the last two; everything a resume needs, and
+what load_tokenizer reads), samples/step_XXXXXXXX.png (original above reconstruction, by the moving average).
+Running the same command again goes on from the newest checkpoint, to the very weights of a run never stopped.
+"""
+
+import contextlib
+import copy
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import losses
+import runtime
+from checkpoint import changed_settings, load_latest, save_checkpoint
+from fid import psnr
+from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig
+
+# The paper's settings for 256_L and 128_L. tiny is ours: legible glyphs in minutes on a CPU, with neither LPIPS
+# nor discriminator, whose networks are many times larger than itself.
+_PAPER = {"global_batch": 256, "micro_batch": 8, "lr": 1e-4, "ema": 0.999, "steps": 0}
+_PAPER |= {"lpips": "published", "gan_weight": 0.1, "entropy_weight": 0.1}
+PRESETS = {
+    "tiny": {
+        "size": 32,
+        "global_batch": 32,
+        "micro_batch": 32,
+        "lr": 1e-3,
+        "ema": 0.98,
+        "steps": 800,
+        "epochs": 0,
+        "lr_drops": [],
+        "lpips": "none",
+        "gan_weight": 0.0,
+        "lecam_weight": 0.0,
+        "entropy_weight": 0.1,
+    },
+    "128_L": {**_PAPER, "size": 128, "epochs": 350, "lr_drops": [250, 300], "lecam_weight": 0.01},
+    "256_L": {**_PAPER, "size": 256, "epochs": 270, "lr_drops": [200, 250], "lecam_weight": 0.05},
+}
+for name, preset in PRESETS.items():
+    size = TOKENIZER_SIZES[name]
+    preset |= {"channels": size.channels, "multipliers": list(size.channel_multipliers)}
+    preset |= {"blocks": size.blocks_per_level, "bits": size.bits}
+
+# Settings that a resumed run may change freely: they leave the weights alone.
+MAY_CHANGE = {"out", "workers", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
+MAY_CHANGE |= {"val_data", "allow_changes", "micro_batch", "preset"}
+
+
+def parse(argv=None):
+    arguments = runtime.parser(
+        "Stage I: train the image tokenizer.",
+        "  python train_tokenizer.py --data glyphs --out runs/tokenizer\n"
+        "  torchrun --nproc_per_node=8 train_tokenizer.py --preset 256_L --data imagenet/train --out runs/256_L",
+    )
+    add = arguments.add_argument_group("data").add_argument
+    add(
+        "--data",
+        default="glyphs",
+        help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in",
+    )
+    add("--val-data", help="the same, for PSNR and the reconstruction pictures; --data where it is not given")
+    add("--size", type=int, help="side of the training crops, pixels")
+    add("--workers", type=int, default=2, help="loader processes per device")
+    add("--seed", type=int, default=0, help="of initialisation, order, crops")
+    add = arguments.add_argument_group("model").add_argument
+    add(
+        "--preset",
+        default="tiny",
+        help="size and settings: tiny, 128_L or 256_L; the flags below override it",
+    )
+    add("--channels", type=int, help="width at full resolution, a multiple of 32")
+    add(
+        "--multipliers",
+        type=int,
+        nargs="+",
+        help="width of each level over --channels; resolution halves between",
+    )
+    add("--blocks", type=int, help="ResBlocks a level")
+    add("--bits", type=int, help="latent channels K, for 2^K codes")
+    add = arguments.add_argument_group("objective").add_argument
+    add(
+        "--lpips",
+        help="LPIPS weights: 'published' (downloaded), a file that holds them, or 'none' for no LPIPS",
+    )
+    add("--gan-weight", type=float, help="weight of the adversarial term; 0: no discriminator at all")
+    add("--lecam-weight", type=float, help="weight of LeCAM in the discriminator's loss")
+    add("--entropy-weight", type=float, help="weight of the entropy term")
+    add = arguments.add_argument_group("schedule").add_argument
+    add("--global-batch", type=int, help="pictures a step, over all devices")
+    add("--micro-batch", type=int, help="pictures a device at once; accumulation is derived")
+    add("--epochs", type=int, help="length of the run, epochs of ceil(pictures / global batch) steps")
+    add("--steps", type=int, help="length of the run in steps instead, where not 0")
+    add("--lr", type=float, help="learning rate of both Adams")
+    add("--lr-drops", type=float, nargs="*", help="epochs after which the learning rate falls to a tenth")
+    add("--ema", type=float, help="decay of the moving average of all trained parameters, per step")
+    add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
+    add = arguments.add_argument_group("output").add_argument
+    add("--out", default="runs/tokenizer", help="the run's folder")
+    add("--log-every", type=int, default=20, help="steps between log lines")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints")
+    add(
+        "--keep-every",
+        type=int,
+        default=0,
+        help="keep checkpoints of multiples of this many steps for good; 0: none",
+    )
+    add("--eval-every", type=int, default=1000, help="steps between evaluations and reconstruction pictures")
+    add("--eval-pictures", type=int, default=1000, help="validation pictures an evaluation takes")
+    add("--allow-changes", action="store_true", help="resume although settings differ from the checkpoint's")
+    return runtime.parse_with_presets(arguments, PRESETS, argv)
+
+
+class BothPasses(nn.Module):
+    """D on x, then on y, separately (BatchNorm sees them apart), as one call for DistributedDataParallel."""
+
+    def __init__(self, discriminator):
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, x, y):
+        return self.discriminator(x), self.discriminator(y)
+
+
+def main():
+    args = parse()
+    rt = runtime.start()
+    args.precision = runtime.set_precision(rt, args.precision)
+    accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
+
+    # Data and models
+    pictures = data.open_pictures(args.data, args.size, train=True, seed=args.seed)
+    val_pictures = data.open_pictures(args.val_data or args.data, args.size, train=False, seed=args.seed)
+    runtime.seed_everything(args.seed)
+    config = TokenizerConfig(args.channels, tuple(args.multipliers), args.blocks, args.bits)
+    tokenizer = Tokenizer(config).to(rt.device)
+    if args.size % config.factor:
+        raise runtime.UserError(
+            f"--size {args.size} is not a multiple of {config.factor}, the tokenizer's factor"
+        )
+    lpips = discriminator = None
+    if args.lpips != "none":
+        lpips = losses.load_lpips("vgg", None if args.lpips == "published" else args.lpips).to(rt.device)
+    if args.gan_weight:
+        discriminator = losses.PatchDiscriminator().to(rt.device)
+    trained = nn.ModuleDict({"tokenizer": tokenizer})
+    if discriminator is not None:
+        trained["discriminator"] = discriminator
+    average = copy.deepcopy(trained).eval().requires_grad_(False)
+    lecam = losses.LeCAM().to(rt.device)
+    fused = rt.device.type == "cuda"
+    optimizers = {
+        name: torch.optim.Adam(module.parameters(), args.lr, betas=(0.5, 0.9), eps=1e-8, fused=fused)
+        for name, module in trained.items()
+    }
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
+    epoch_steps = math.ceil(len(pictures) / args.global_batch)
+    total = args.steps or args.epochs * epoch_steps
+
+    # Resume
+    settings = vars(args) | {"pictures": len(pictures), "total_steps": total}
+    out = Path(args.out)
+    path, state = load_latest(rt, out, "tokenizer")
+    first = 0
+    if state:
+        changed = changed_settings(state["settings"], settings, MAY_CHANGE)
+        if changed and not args.allow_changes:
+            raise runtime.UserError(
+                f"{path}: {changed}; use those settings, another --out, or --allow-changes"
+            )
+        for name, module in trained.items():
+            module.load_state_dict(state[name])
+            average[name].load_state_dict(state[f"{name}_ema"])
+            optimizers[name].load_state_dict(state[f"optimizer_{name}"])
+        lecam.load_state_dict(state["lecam"])
+        scaler.load_state_dict(state["scaler"]) if scaler.is_enabled() else None
+        first = state["step"]
+    runtime.open_run(rt, out, settings)
+    rt.say(
+        f"{len(pictures)} pictures, {epoch_steps} steps an epoch, {total} steps; global batch {args.global_batch} = "
+        f"{rt.world} process(es) x {args.micro_batch} x {accumulation} accumulated"
+        + (f"; resumed {path} at step {first}" if state else "")
+    )
+    del state
+
+    # Only the networks that exchange gradients are wrapped; saved names never carry the wrapper's prefix.
+    step_tokenizer, both_passes = tokenizer, BothPasses(discriminator) if discriminator is not None else None
+    if rt.world > 1:
+        # BatchNorm's running means stay per device (rank 0's are saved): in train mode they change nothing.
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        step_tokenizer = DistributedDataParallel(tokenizer, **options)
+        both_passes = DistributedDataParallel(both_passes, **options) if both_passes else None
+
+    def syncing(module, last):
+        """Gradients travel with the last micro-batch only."""
+        wrapped = isinstance(module, DistributedDataParallel)
+        return contextlib.nullcontext() if last or not wrapped else module.no_sync()
+
+    def save(step):
+        guard.check(rt, path)
+        content = {"kind": "tokenizer", "step": step, "config": asdict(config), "settings": settings}
+        for name, module in trained.items():
+            content[name] = module.state_dict()
+            content[f"{name}_ema"] = average[name].state_dict()
+            content[f"optimizer_{name}"] = optimizers[name].state_dict()
+        content |= {"lecam": lecam.state_dict(), "scaler": scaler.state_dict()}
+        saved = save_checkpoint(out, content, keep_every=args.keep_every) if rt.main else path
+        rt.barrier()
+        return rt.share(saved)
+
+    log = runtime.RunLog(rt, out, total, first, args.global_batch)
+    stop, guard, bad = runtime.StopSignal(rt), runtime.FiniteGuard(rt.device), data.BadPictures(pictures)
+    batches = data.training_batches(
+        pictures,
+        args.seed,
+        args.global_batch,
+        args.micro_batch,
+        rt.rank,
+        rt.world,
+        first,
+        total,
+        args.workers,
+    )
+    trained.train()
+    for step, micro_batches in enumerate(batches, first):
+        epoch = step // epoch_steps
+        lr = args.lr * 0.1 ** sum(epoch >= drop for drop in args.lr_drops)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+        # Generator: all micro-batches, then one step. D scores y but gets no gradient of its own.
+        if discriminator is not None:
+            discriminator.requires_grad_(False)
+        pairs, terms = [], []
+        for i, (images, _, unreadable) in enumerate(micro_batches):
+            bad.add(unreadable)
+            x = data.to_float(images.to(rt.device, non_blocking=True))
+            with syncing(step_tokenizer, i == accumulation - 1):
+                with runtime.autocast(rt.device, args.precision):
+                    y, _, quantizer = step_tokenizer(x)
+                    loss, named = losses.generator_loss(
+                        x, y, quantizer, lpips, discriminator, args.gan_weight, args.entropy_weight
+                    )
+                scaler.scale(loss / accumulation).backward()
+            pairs.append((x, y.detach()))
+            terms.append({"generator": loss.detach(), **named})
+        scaler.step(optimizers["tokenizer"])
+        optimizers["tokenizer"].zero_grad(set_to_none=True)
+
+        # Discriminator: the same pictures and the y that the generator made of them
+        if discriminator is not None:
+            discriminator.requires_grad_(True)
+            for i, (x, y) in enumerate(pairs):
+                with syncing(both_passes, i == accumulation - 1):
+                    with runtime.autocast(rt.device, args.precision):
+                        real, fake = both_passes(x, y)
+                    loss, named = losses.discriminator_loss(real, fake, lecam, args.lecam_weight)
+                    scaler.scale(loss / accumulation).backward()
+                terms[i] |= {"discriminator": loss.detach(), **named}
+            scaler.step(optimizers["discriminator"])
+            optimizers["discriminator"].zero_grad(set_to_none=True)
+        scaler.update()
+
+        # Means over the global batch, running means, moving average
+        means = torch.stack([torch.stack([term[name] for name in terms[0]]) for term in terms]).mean(0)
+        if rt.world > 1:
+            torch.distributed.all_reduce(means)
+            means = means / rt.world
+        means = dict(zip(terms[0], means, strict=True))
+        if discriminator is not None:
+            lecam.advance(means["logits_real"], means["logits_fake"])
+        losses.update_ema(list(average.parameters()), list(trained.parameters()), args.ema)
+        guard.watch(step + 1, means["generator"] + means.get("discriminator", 0))
+
+        # Log, evaluate, save, leave
+        done = step + 1
+        log.tick()
+        if done % args.log_every == 0 or done == total:
+            guard.check(rt, path)
+            bad.check(rt.reduce([bad.count])[0], epoch + 1)
+            log.line(done, **{name: value.item() for name, value in means.items()}, lr=lr)
+        if done % args.eval_every == 0 or done == total:
+            found = evaluate(
+                rt, average["tokenizer"], val_pictures, args, out / "samples" / f"step_{done:08d}.png"
+            )
+            log.note(done, **found)
+        leaving = stop.agreed() and done < total
+        if done % args.save_every == 0 or done == total or leaving:
+            path = save(done)
+        if leaving:
+            rt.say(
+                f"stopped by a signal after step {done}; saved {path}. Run the same command again to go on."
+            )
+            break
+    log.close()
+    rt.say(bad.report())
+    rt.say(f"checkpoint {path or 'none'}; pictures in {out / 'samples'}")
+
+
+@torch.no_grad()
+def evaluate(rt, tokenizer, pictures, args, grid_path):
+    """Mean PSNR per picture (dB, truncated uint8) and codebook use of the averaged weights over validation pictures,
+    shared out over ranks; the main process also writes the first eight, original above reconstruction."""
+    count = min(args.eval_pictures, len(pictures))
+    chosen = torch.linspace(0, len(pictures) - 1, count).long().tolist()  # spread over all classes
+    batches = data.evaluation_batches(pictures, args.micro_batch, rt.rank, rt.world, args.workers, chosen)
+    seen = torch.zeros(2**tokenizer.config.bits)
+    total, number, shown = 0.0, 0, None
+    for images, _, _, _ in batches:
+        if len(images) == 0:
+            continue
+        with runtime.autocast(rt.device, args.precision):
+            y, indices, _ = tokenizer(data.to_float(images.to(rt.device)))
+        rebuilt = data.to_uint8(y).cpu()
+        shown = torch.cat([images[:8], rebuilt[:8]]) if shown is None else shown
+        values = psnr(images, rebuilt)
+        finite = torch.as_tensor(values).isfinite()  # an exact copy has no finite PSNR to average
+        total, number = total + float(values[finite].sum()), number + int(finite.sum())
+        seen[indices.flatten().cpu()] = 1
+    if rt.main and shown is not None:
+        grid_path.parent.mkdir(exist_ok=True)
+        data.picture_grid(shown, columns=len(shown) // 2).save(grid_path)
+    total, number = rt.reduce([total, number])
+    used = sum(rt.reduce(seen, "max")) / len(seen)
+    return {"val_psnr": total / max(number, 1), "val_codebook_use": used}
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)
