@@ -148,6 +148,10 @@ def main():
         raise runtime.UserError(
             f"--size {args.size} is not a multiple of {config.factor}, the tokenizer's factor"
         )
+    if args.gan_weight and args.size < 24:
+        raise runtime.UserError(
+            f"--size {args.size}: the discriminator needs 24 pixels; or use --gan-weight 0"
+        )
     lpips = discriminator = None
     if args.lpips != "none":
         lpips = losses.load_lpips("vgg", None if args.lpips == "published" else args.lpips).to(rt.device)

@@ -1,0 +1,57 @@
+"""The whole street on built-in pictures, on a CPU in minutes: what `make demo` runs.
+
+    python demo.py [FOLDER]        default folder: runs/demo
+
+Trains a tiny tokenizer on glyphs, encodes them, trains a tiny transformer, draws samples; then prints a table of
+what came out, and the two pictures to look at. Every step is a command that you can run, and change, yourself.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+GLYPHS = "glyphs:{}:ABCDEFGH"
+
+
+def main():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+    train, val = GLYPHS.format(8000), GLYPHS.format(400)
+    tokenizer, codes, ar, samples = (folder / name for name in ("tokenizer", "codes", "ar", "samples.png"))
+    street = {
+        "train the tokenizer": f"train_tokenizer.py --data {train} --val-data {val} --out {tokenizer}",
+        "encode": f"encode.py --tokenizer {tokenizer} --data {train} --size 32 --out {codes / 'train'}",
+        "encode, validation": f"encode.py --tokenizer {tokenizer} --data {val} --size 32 --val --out {codes / 'val'}",
+        "train the transformer": f"train_ar.py --codes {codes / 'train'} --val-codes {codes / 'val'} --out {ar}",
+        "sample": f"sample.py --model {ar} --per-class 8 --out {samples}",
+    }
+    times = {}
+    for name, words in street.items():
+        print(f"\n== {name}: python {words}", flush=True)
+        began = time.perf_counter()
+        script, *flags = words.split()
+        code = subprocess.call([sys.executable, str(HERE / script), *flags])
+        if code:
+            sys.exit(code)
+        times[name] = time.perf_counter() - began
+
+    measured = {}
+    for run in (tokenizer, ar):
+        for line in (run / "log.jsonl").read_text().splitlines():
+            measured |= json.loads(line)
+    shown = max((tokenizer / "samples").glob("*.png"))
+    print("\n== what came out")
+    print(f"{'PSNR, validation':<40} {measured['val_psnr']:8.2f} dB")
+    print(f"{'codebook use, validation':<40} {measured['val_codebook_use']:8.2%}")
+    print(f"{'transformer validation loss':<40} {measured['val_loss']:8.2f} nats a token")
+    for name, seconds in times.items():
+        print(f"{name:<40} {seconds:8.0f} s")
+    print(f"{'in all':<40} {sum(times.values()):8.0f} s")
+    print(f"\nLook at {shown} (originals above their reconstructions)")
+    print(f"and at {samples} (a row a letter, A to H).")
+
+
+if __name__ == "__main__":
+    main()

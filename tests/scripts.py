@@ -1,0 +1,62 @@
+"""Running the project's scripts as users do: by subprocess, alone or under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(script, *flags, processes=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(ROOT / script), *map(str, flags)]
+
+
+def environment():
+    # One thread: the same sums in the same order, and two processes do not fight over two cores.
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(script, *flags, processes=1, code=0):
+    """Run to the end; checks the exit code; returns the completed process with its text."""
+    done = subprocess.run(
+        command(script, *flags, processes=processes),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+    )
+    assert done.returncode == code, (
+        f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
+    return done
+
+
+def fails_with_one_line(script, *flags):
+    """Run what must end in exit code 2 and one line on stderr, which is returned."""
+    line = run(script, *flags, code=2).stderr.strip()
+    assert "\n" not in line and "Traceback" not in line, line
+    return line
+
+
+def start(script, *flags, processes=1):
+    """Start in the background, in its own process group (so that a test can kill all of it)."""
+    return subprocess.Popen(
+        command(script, *flags, processes=processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+def log_lines(folder, *without):
+    """The JSON lines of a run's log, less what differs between equal runs (times, memory)."""
+    without = {"images_per_second", "memory_gib", *without}
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]

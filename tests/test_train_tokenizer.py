@@ -1,0 +1,176 @@
+import os
+import signal
+import time
+
+import pytest
+import torch
+from golden_files import fill
+from scripts import fails_with_one_line, log_lines, run, start
+
+from checkpoint import read_weights
+from losses import LPIPS
+from tokenizer import load_tokenizer
+
+# 8 steps of a 24 pixel tokenizer with the discriminator on; two micro-batches a step.
+TINY = "--data glyphs:60:AB --size 24 --channels 32 --multipliers 1 1 --blocks 1 --gan-weight 0.1 --lecam-weight 0.05"
+TINY += " --global-batch 8 --micro-batch 4 --workers 0 --steps 8 --save-every 1 --log-every 1 --eval-every 4"
+TINY = [*TINY.split(), "--lr", "1e-3"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    run("train_tokenizer.py", *TINY, "--out", out)
+    return out
+
+
+def final(out):
+    return read_weights(out / "step_00000008.pt")
+
+
+def assert_equal(a, b, path=""):
+    """Bit for bit, through all containers."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b)):
+            assert_equal(*pair, f"{path}.{i}")
+    else:
+        assert a == b, path
+
+
+def without_folder(state):
+    return {**state, "settings": {k: v for k, v in state["settings"].items() if k != "out"}}
+
+
+def test_what_a_run_leaves(whole):
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "config.json",
+        "log.jsonl",
+        "samples",
+        "step_00000007.pt",
+        "step_00000008.pt",
+    ]
+    lines = log_lines(whole)
+    assert [line["step"] for line in lines if "generator" in line] == list(range(1, 9))
+    assert {"l1", "gan", "sample_entropy", "codebook_entropy", "commitment", "hinge", "lecam", "lr"} < set(
+        lines[0]
+    )
+    assert [line["step"] for line in lines if "val_psnr" in line] == [4, 8]
+    state = final(whole)
+    assert not any("module." in name for name in state["tokenizer"])
+    assert all(value != 0 for value in state["lecam"].values())
+    averaged, raw = load_tokenizer(whole), load_tokenizer(whole, ema=False)
+    assert torch.equal(averaged.encoder.conv_out.weight, state["tokenizer_ema"]["encoder.conv_out.weight"])
+    assert not torch.equal(averaged.encoder.conv_out.weight, raw.encoder.conv_out.weight)
+
+
+def wait_for(path, process):
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never came")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)])
+def test_interrupted_run_ends_with_the_same_weights(whole, tmp_path, number, code):
+    process = start("train_tokenizer.py", *TINY, "--out", tmp_path)
+    wait_for(tmp_path / "step_00000002.pt", process)
+    os.killpg(process.pid, number)
+    out, _ = process.communicate()
+    assert process.returncode == code and (number == signal.SIGKILL or "stopped by a signal" in out)
+    assert not (tmp_path / "step_00000008.pt").exists()
+    again = run("train_tokenizer.py", *TINY, "--out", tmp_path)
+    assert "resumed" in again.stdout
+    assert_equal(without_folder(final(tmp_path)), without_folder(final(whole)))
+    assert log_lines(tmp_path) == log_lines(whole)
+
+
+def test_torn_checkpoint_is_passed_over(whole, tmp_path):
+    for step in (7, 8):
+        content = (whole / f"step_0000000{step}.pt").read_bytes()
+        if step == 8:
+            content = content[: len(content) // 2]
+        (tmp_path / f"step_0000000{step}.pt").write_bytes(content)
+    done = run("train_tokenizer.py", *TINY, "--out", tmp_path)
+    assert "step_00000008.pt is torn or damaged" in done.stdout and "at step 7" in done.stdout
+    assert_equal(without_folder(final(tmp_path)), without_folder(final(whole)))
+
+
+def test_two_processes_equal_two_micro_batches(whole, tmp_path):
+    run("train_tokenizer.py", *TINY, "--out", tmp_path, processes=2)
+    ours, theirs = final(tmp_path), final(whole)
+    for line, other in zip(log_lines(tmp_path), log_lines(whole), strict=True):
+        assert line == pytest.approx(other, rel=1e-6)
+    start_weights = initial_weights()
+    for part in ("tokenizer", "discriminator"):
+        names = [name for name in ours[part] if "running" not in name and "batches" not in name]
+        moved = sum(
+            (theirs[part][n].double() - start_weights[part][n].double()).square().sum() for n in names
+        )
+        apart = sum((theirs[part][n].double() - ours[part][n].double()).square().sum() for n in names)
+        assert moved > 0 and (apart / moved).sqrt() < 1e-6, part
+    for name in ("real", "fake"):
+        assert ours["lecam"][name].item() == pytest.approx(theirs["lecam"][name].item(), rel=1e-6)
+
+
+def initial_weights():
+    import runtime
+    from losses import PatchDiscriminator
+    from tokenizer import Tokenizer, TokenizerConfig
+
+    runtime.seed_everything(0)
+    tokenizer = Tokenizer(TokenizerConfig(32, (1, 1), 1))
+    return {"tokenizer": tokenizer.state_dict(), "discriminator": PatchDiscriminator().state_dict()}
+
+
+def test_lpips_from_a_file(tmp_path):
+    lpips = fill(LPIPS(), keep=("shift", "scale"))  # by name: its heads are non-negative
+    torch.save(lpips.state_dict(), tmp_path / "lpips.pt")
+    run(
+        "train_tokenizer.py", *TINY, "--steps", 2, "--lpips", tmp_path / "lpips.pt", "--out", tmp_path / "out"
+    )
+    lines = [line for line in log_lines(tmp_path / "out") if "generator" in line]
+    assert len(lines) == 2 and all(line["lpips"] > 0 for line in lines)
+
+
+def test_changed_settings_stop_a_resume(whole):
+    line = fails_with_one_line("train_tokenizer.py", *TINY, "--lr", 1e-2, "--seed", 3, "--out", whole)
+    assert "--lr was 0.001, is 0.01" in line and "--seed was 0, is 3" in line
+
+
+def test_non_finite_loss_stops_and_names_the_step(tmp_path):
+    process = run("train_tokenizer.py", *TINY, "--lr", 1e30, "--out", tmp_path, code=2)
+    assert "non-finite at step 2" in process.stderr and "step_00000001.pt" in process.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--preset", "huge"], "unknown preset 'huge'"),
+        (["--size", "17"], "--size 17 is not a multiple of 2"),
+        (["--size", "16"], "discriminator needs 24 pixels"),
+        (["--global-batch", "9"], "--global-batch 9"),
+        (["--precision", "fp8"], "fp8"),
+        (["--lpips", "nowhere.pt"], "nowhere.pt"),
+        (["--stepz", "3"], "--stepz"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(tmp_path, flags, words):
+    assert words in fails_with_one_line("train_tokenizer.py", *TINY, "--out", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_presets_and_examples():
+    text = run("train_tokenizer.py", "--help").stdout
+    assert "256_L: 256" in text and "examples:" in text
