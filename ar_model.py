@@ -253,7 +253,8 @@ class ARTransformer(nn.Module):
         """
         tokens = self.config.grid**2 if max_tokens is None else max_tokens
         seeds = list(range(len(class_labels)) if seeds is None else seeds)
-        self._check_sampling(class_labels, cfg_scale, temperature, top_k, top_p, seeds, tokens)
+        check_sampling(cfg_scale, temperature, top_k, top_p)
+        self._check_request(class_labels, seeds, tokens)
         device = self.norm.weight.device
         guide = any(scale != 1 for scale in cfg_scale)
         options = list(zip(cfg_scale if guide else (None, None), temperature, top_k, top_p, strict=True))
@@ -305,21 +306,7 @@ class ARTransformer(nn.Module):
             following = following + x  # the next position's input is the sum of the two embeddings
         return following, sub_tokens
 
-    def _check_sampling(self, class_labels, cfg_scale, temperature, top_k, top_p, seeds, tokens):
-        pairs = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        for name, pair in pairs.items():
-            if len(pair) != 2:
-                raise UserError(f"{name} must be a pair (pre, post), not {pair}")
-        if not all(math.isfinite(scale) for scale in cfg_scale):
-            raise UserError(f"cfg_scale must be finite, not {cfg_scale}")
-        if not all(0 < value < math.inf for value in temperature):
-            raise UserError(
-                f"temperature must be above 0, not {temperature}; for the likeliest token use top_k 1"
-            )
-        if not all(k >= 0 and k == int(k) for k in top_k):
-            raise UserError(f"top_k must be whole numbers, 0 (off) or more, not {top_k}")
-        if not all(0 < p <= 1 for p in top_p):
-            raise UserError(f"top_p must be above 0 and at most 1 (off), not {top_p}")
+    def _check_request(self, class_labels, seeds, tokens):
         if len(seeds) != len(class_labels):
             raise UserError(f"{len(class_labels)} images need as many seeds, not {len(seeds)}")
         if not 1 <= tokens <= self.config.grid**2:
@@ -336,6 +323,24 @@ class ARTransformer(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------
 # Sampling
+
+
+def check_sampling(cfg_scale, temperature, top_k, top_p):
+    """Raises UserError where an option of `generate` is no pair (pre, post) or out of range."""
+    pairs = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for name, pair in pairs.items():
+        if len(pair) != 2:
+            raise UserError(f"{name} must be a pair (pre, post), not {pair}")
+    if not all(math.isfinite(scale) for scale in cfg_scale):
+        raise UserError(f"cfg_scale must be finite, not {cfg_scale}")
+    if not all(0 < value < math.inf for value in temperature):
+        raise UserError(
+            f"temperature must be above 0, not {temperature}; for the likeliest token use top_k 1"
+        )
+    if not all(k >= 0 and k == int(k) for k in top_k):
+        raise UserError(f"top_k must be whole numbers, 0 (off) or more, not {top_k}")
+    if not all(0 < p <= 1 for p in top_p):
+        raise UserError(f"top_p must be above 0 and at most 1 (off), not {top_p}")
 
 
 def guided(cond, uncond, scale):
@@ -367,6 +372,7 @@ def draw(logits, uniforms):
     It is the first entry whose cumulative probability (float64) passes u; never one of probability 0.
     """
     likelihood = logits.double().softmax(-1)
+    # Out are entries of probability 0: a GPU's parallel sums may step up there by rounding.
     cumulative = likelihood.cumsum(-1).masked_fill(likelihood == 0, 0)
     total = cumulative.amax(-1, keepdim=True)
     # Rounding may bring u * total up to total, past every entry: then it is the one that reaches the total.

@@ -176,6 +176,14 @@ def test_rotary_table():
     assert turned == pytest.approx(expected, abs=1e-6)
 
 
+def test_cross_entropies_are_float32():
+    logits = [torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 3, 16).bfloat16()]
+    answers = [torch.arange(6).view(2, 3), torch.arange(6).view(2, 3)]
+    for loss, part in zip(ar_model.cross_entropies(logits, answers), logits):
+        picked = part.double().log_softmax(-1).flatten(0, 1)[torch.arange(6), torch.arange(6)]
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(-picked.mean().item(), rel=1e-6)
+
+
 def test_fewer_tokens_than_the_grid_and_too_many():
     model, sub_indices, labels = tiny(), tokens(2, 16), torch.tensor([3, 10])
     whole = model(sub_indices, labels)
@@ -404,6 +412,23 @@ def test_draw_against_a_direct_search():
     expected = [numpy_draw(row, u.item(), 1.0, 0, 1.0) for row, u in zip(logits, uniforms)]
     assert ar_model.draw(logits, uniforms).tolist() == expected
     assert len(set(expected)) > 30
+    # A flat distribution over the post vocabulary: sums in float32 would miss some of these.
+    logits = torch.randn(2000, 4096, generator=generator) * 0.1
+    uniforms = torch.rand(2000, dtype=torch.float64, generator=generator)
+    cumulative = np.exp(logits.double().numpy()).cumsum(1)
+    expected = [
+        np.searchsorted(row, u * row[-1], side="right") for row, u in zip(cumulative, uniforms.numpy())
+    ]
+    assert ar_model.draw(logits, uniforms).tolist() == expected
+
+
+def test_draw_survives_sums_that_step_back(monkeypatch):
+    """Parallel sums need not be monotone; entries of probability 0 must not be hit all the same."""
+    logits, cumsum = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]), torch.Tensor.cumsum
+    noise = torch.tensor([1e-15, 0.0, 1e-15, 0.0, 1e-15], dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: cumsum(x, dim) + noise)
+    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert ar_model.draw(logits.repeat(3, 1), uniforms).tolist() == [1, 3, 3]
 
 
 def test_draw_at_the_edges():
@@ -460,6 +485,8 @@ def test_top_p_always_keeps_one_and_ties():
     logits = torch.tensor([[0.0, 5.0, 0.0], [1.0, 1.0, 1.0]])
     kept = ar_model.filter_logits(logits, top_p=1e-9) > -math.inf
     assert kept.tolist() == [[False, True, False], [True, False, False]]
+    kept = ar_model.filter_logits(torch.zeros(1, 4), top_p=0.5) > -math.inf
+    assert kept.tolist() == [[True, True, True, False]]  # two of them reach 0.5, three pass it
     kept = ar_model.filter_logits(logits, top_k=2) > -math.inf
     assert kept.tolist() == [[True] * 3] * 2  # top-k keeps what equals the k-th
 
