@@ -1,0 +1,205 @@
+"""Stage I, measured: how well a tokenizer (Open-MAGVIT2, arXiv 2409.04410) gives pictures back.
+
+    python eval_tokenizer.py 256_L imagenet/val --size 256                              # the paper's rFID 1.17 row
+    torchrun --nproc_per_node=8 eval_tokenizer.py 128_L imagenet/val --size 256         # rFID 0.34, 32x32 tokens
+    python eval_tokenizer.py runs/tokenizer glyphs:2000 --size 32                       # own run, built-in pictures
+
+Every picture is resized and centre-cropped to --size, encoded and decoded. Out come, with the protocol behind them:
+rFID, PSNR (per picture, and as published), SSIM, LPIPS with VGG and with AlexNet, the share of the 2^K codes that
+occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above reconstruction).
+"""
+
+import math
+
+import torch
+
+import data
+import runtime
+from fid import (
+    Moments,
+    exact_float32,
+    frechet_distance,
+    gather_rows,
+    load_inception,
+    progress,
+    psnr,
+    ssim,
+    weights_in_words,
+)
+from losses import load_lpips
+from runtime import UserError
+from tokenizer import load_tokenizer
+
+NUMBERS = ["pictures", "rFID", "PSNR", "PSNR published", "SSIM", "LPIPS VGG", "LPIPS AlexNet", "codebook use"]
+NUMBERS += ["bits per pixel"]
+PUBLISHED_BATCH = 4  # the published PSNR is taken over mini-batches of so many pictures
+
+
+def parse(argv=None):
+    arguments = runtime.parser(
+        "Stage I: measure a tokenizer's reconstructions.",
+        "  python eval_tokenizer.py 256_L imagenet/val --size 256\n"
+        "  torchrun --nproc_per_node=8 eval_tokenizer.py runs/tokenizer imagenet/val --out runs/tokenizer/eval",
+    )
+    arguments.add_argument("tokenizer", help="256_L, 128_L, a released or own file, or a run's folder")
+    arguments.add_argument("pictures", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
+    add = arguments.add_argument_group("protocol").add_argument
+    add(
+        "--size",
+        type=int,
+        default=256,
+        help="side of the centre crops, pixels; a multiple of the tokenizer's factor",
+    )
+    add("--raw", action="store_true", help="the training weights, not their moving average")
+    add("--rounding", action="store_true", help="round to uint8 for PSNR and SSIM; published: truncate")
+    add("--precision", default="fp32", help="of the tokenizer: fp32, bf16 or fp16; the metrics stay in fp32")
+    add = arguments.add_argument_group(
+        "weights of the metrics (left out: torch's hub cache, or downloaded)"
+    ).add_argument
+    add("--inception", help="file for rFID")
+    add(
+        "--lpips-vgg",
+        help="file with LPIPS's VGG weights: a released tokenizer, or a state dict of losses.LPIPS",
+    )
+    add("--lpips-alex", help="file with LPIPS's AlexNet weights: a state dict of losses.LPIPS")
+    add = arguments.add_argument_group("output").add_argument
+    add("--out", default="runs/eval", help="folder for metrics.json, config.json and reconstructions.png")
+    add = arguments.add_argument_group("speed (changes no number)").add_argument
+    add("--batch", type=int, default=16, help="pictures a device at once")
+    add("--workers", type=int, default=2, help="loader processes per device")
+    args = arguments.parse_args(argv)
+    if args.batch < 1 or args.workers < 0:
+        arguments.error("--batch must be at least 1, --workers at least 0")
+    return args
+
+
+def if_there(load, *arguments):
+    """(what `load(*arguments)` returns, None), or (None, the reason) where its weights cannot be had. The last
+    argument is the file that the user gave, if any: that one must be right, and its UserError goes through."""
+    try:
+        return load(*arguments), None
+    except UserError as reason:
+        if arguments[-1] is not None:
+            raise
+        return None, f"not computed ({reason})"
+
+
+def published_psnr(per_picture):
+    """PSNR of each mini-batch of 4, from its mean squared error, in dB: (N,) per picture, in order -> (ceil(N / 4),).
+    Averaged, it lies below the mean over pictures."""
+    errors = 10 ** (-per_picture / 10)
+    return torch.stack([-10 * batch.mean().log10() for batch in errors.split(PUBLISHED_BATCH)])
+
+
+def finite_mean(values):
+    """(mean over the finite values, number of infinite ones): what is given back exactly has no PSNR to average.
+    The mean is infinite only where all are."""
+    finite = values[values.isfinite()]
+    return finite.mean().item() if len(finite) else math.inf, len(values) - len(finite)
+
+
+@torch.no_grad()
+def measure(rt, args, tokenizer, pictures, inception, perceptual):
+    """Run all pictures through, every rank its share. perceptual: {name of the number: LPIPS}.
+
+    Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3, S, S):
+    up to eight originals, then their reconstructions); None on the others.
+    """
+    bad, rows, shown = data.BadPictures(pictures), [], None
+    of_originals, of_rebuilt = Moments(2048), Moments(2048)
+    seen = torch.zeros(2**tokenizer.config.bits)
+    for images, _, _, unreadable in progress(rt, pictures, args.batch, args.workers, "pictures"):
+        bad.add(unreadable)
+        if len(images) == 0:
+            continue
+        images = images.to(rt.device)
+        x = data.to_float(images)
+        with runtime.autocast(rt.device, args.precision):
+            y, indices, _ = tokenizer(x)
+        y = y.float().clamp(-1, 1)
+        rebuilt = data.to_uint8(y, args.rounding)
+        columns = [psnr(images, rebuilt), ssim(images, rebuilt)]
+        with exact_float32(rt.device):
+            columns += [lpips(x, y).flatten().double() for lpips in perceptual.values()]
+        rows.append(torch.stack(columns, 1))  # (b, 2 + len(perceptual))
+        if inception:
+            # As floats: the published rFID never passes through uint8.
+            of_originals.add(inception((x + 1) / 2, "half-pixel")[0])
+            of_rebuilt.add(inception((y + 1) / 2, "half-pixel")[0])
+        seen[indices.flatten().cpu()] = 1
+        if shown is None:
+            shown = torch.cat([images[:8], rebuilt[:8]]).cpu()
+
+    bad_count = int(rt.reduce([bad.count])[0])
+    bad.check(bad_count)
+    used = sum(rt.reduce(seen, "max"))
+    moments = (*of_originals.over_ranks(rt), *of_rebuilt.over_ranks(rt)) if inception else None
+    rows = gather_rows(rt, rows, 2 + len(perceptual))
+    if not rt.main:
+        return None
+    numbers, notes = {"pictures": len(rows)}, {"pictures": f"{bad_count} unreadable ones left out"}
+    if inception:
+        numbers["rFID"] = frechet_distance(*moments)
+        notes["rFID"] = "" if len(rows) >= 2048 else "biased upwards: fewer than 2048 pictures"
+    for name, values, of in (
+        ("PSNR", rows[:, 0], "dB, mean over pictures"),
+        ("PSNR published", published_psnr(rows[:, 0]), f"dB, mean over mini-batches of {PUBLISHED_BATCH}"),
+    ):
+        numbers[name], infinite = finite_mean(values)
+        notes[name] = of + (
+            f"; {infinite} are infinite (given back exactly), not averaged" if infinite else ""
+        )
+    for column, name in enumerate(["SSIM", *perceptual], 1):
+        numbers[name] = rows[:, column].mean().item()
+    numbers["codebook use"] = used / len(seen)
+    notes["codebook use"] = f"{used:.0f} of {len(seen)} codes occur"
+    numbers["bits per pixel"] = tokenizer.config.bits / tokenizer.factor**2
+    return numbers, notes, shown
+
+
+def main():
+    args = parse()
+    rt = runtime.start()
+    args.precision = runtime.set_precision(rt, args.precision)
+    pictures = data.open_pictures(args.pictures, args.size, train=False, labelled=False)
+    tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw).to(rt.device)
+    if args.size % tokenizer.factor:
+        raise UserError(
+            f"--size {args.size} is not a multiple of {tokenizer.factor}, this tokenizer's factor"
+        )
+    absent, perceptual = {}, {}
+    loaded, absent["rFID"] = if_there(load_inception, args.inception)
+    inception, sha256 = loaded or (None, None)
+    if inception:
+        inception.to(rt.device)
+    perceptual["LPIPS VGG"], absent["LPIPS VGG"] = if_there(load_lpips, "vgg", args.lpips_vgg)
+    perceptual["LPIPS AlexNet"], absent["LPIPS AlexNet"] = if_there(load_lpips, "alex", args.lpips_alex)
+    perceptual = {name: lpips.to(rt.device) for name, lpips in perceptual.items() if lpips}
+    out = runtime.open_run(rt, args.out, vars(args))
+
+    measured = measure(rt, args, tokenizer, pictures, inception, perceptual)
+    if not rt.main:
+        return
+    numbers, notes, shown = measured
+    protocol = {
+        "tokenizer": f"{args.tokenizer}, {'training weights' if args.raw else 'moving average where there is one'}",
+        "pictures": f"{args.pictures}, short side resized to {args.size}, centre crop {args.size}x{args.size}",
+        "rFID": "float originals, float reconstructions clamped; convention half-pixel (as pytorch-fid)",
+        "inception": weights_in_words(sha256) if inception else "none",
+        "PSNR, SSIM": f"uint8, {'rounded' if args.rounding else 'truncated'}, data range 1",
+        "LPIPS": "version 0.1, floats, reconstructions clamped",
+        "device": f"{rt.device.type} x {rt.world}, tokenizer in {args.precision}, torch {torch.__version__}",
+    }
+    for name in NUMBERS:
+        value = numbers.setdefault(name, absent.get(name))
+        words = f"{value:.4f}" if isinstance(value, float) else value
+        rt.say(f"{name:<15} {words}  {notes.get(name, '')}".rstrip())
+    for name, words in protocol.items():
+        rt.say(f"  {name:<13} {words}")
+    data.picture_grid(shown, columns=len(shown) // 2).save(out / "reconstructions.png")
+    numbers = {name: str(value) if value == math.inf else value for name, value in numbers.items()}
+    runtime.write_json(out / "metrics.json", numbers | {"notes": notes, "protocol": protocol})
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)
