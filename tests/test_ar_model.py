@@ -19,6 +19,15 @@ TINY = ARConfig(width=64, heads=4, spatial_layers=3, intra_layers=2, grid=4, num
 TINY_9_9 = ARConfig(64, 2, 2, 1, factorized_bits=(9, 9), grid=4, num_classes=10)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only wait for one another on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def empty(config):
     """The module without the time and memory of an initialisation."""
     with torch.device("meta"):

@@ -1,0 +1,314 @@
+"""Class labels to pictures: a grid to look at, a folder of PNGs, or the .npz that the ADM evaluator reads.
+
+    python sample.py --model runs/ar --out samples.png                 # a class a row, 8 pictures each
+    python sample.py --model B --classes 207,88,985 --out samples.png
+    torchrun --nproc_per_node=8 sample.py --model B --out samples.npz  # 50,000 pictures, the paper's settings
+
+The kind of output follows from --out: `.png`, `.npz`, or else a folder. Picture i shows class i modulo the
+number of classes asked for and is a function of --seed and i, whatever the number of processes. After a stop,
+the same command makes what is missing. Settings are saved with the pictures: FOLDER/config.json, OUT.json.
+Sampling follows Open-MAGVIT2 (arXiv 2409.04410): classifier-free guidance with a scale for each sub-token.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import runtime
+from ar_model import AR_SIZES, RELEASED_AR, check_sampling, load_ar
+from checkpoint import changed_settings, locate
+from data import picture_grid, to_uint8
+from runtime import UserError
+from tokenizer import RELEASED_TOKENIZERS, load_tokenizer
+
+# Pairs (pre, post): the paper's settings of evaluation, by size; `show` trades variety for clear pictures.
+_PLAIN = {"cfg_scale": (1.0, 1.0), "temperature": (1.0, 1.0), "top_k": (0, 0), "top_p": (1.0, 1.0)}
+PRESETS = {
+    "B": {**_PLAIN, "cfg_scale": (1.9, 2.0)},
+    "L": {**_PLAIN, "cfg_scale": (1.9, 1.9), "temperature": (1.1, 1.0)},
+    "XL": {**_PLAIN, "cfg_scale": (1.75, 1.85), "temperature": (1.1, 1.0)},
+    "show": {**_PLAIN, "cfg_scale": (4.0, 4.0), "top_p": (0.96, 0.96)},
+}
+GRID_CLASSES, GRID_COLUMNS = 10, 8  # of a grid whose classes and number are left open
+
+
+def parse(argv=None):
+    arguments = runtime.parser(
+        "Class labels to pictures: a .png grid, a folder of PNGs, or an .npz for the ADM evaluator.",
+        "  python sample.py --model runs/ar --classes A,B,C --cfg 4 4 --out samples.png\n"
+        "  torchrun --nproc_per_node=8 sample.py --model XL --per-class 50 --out samples.npz",
+    )
+    add = arguments.add_argument_group("what").add_argument
+    add("--model", required=True, help="transformer: a file, a run folder, or B, L, XL (downloaded)")
+    add("--tokenizer", help="a file, a run folder, 128_L or 256_L; default: the one in the model's file")
+    add("--out", required=True, help="X.png: a grid, a class a row; X.npz: uint8 (N, H, W, 3); or a folder")
+    add("--classes", help="`all`, or comma-separated names or numbers (a name comes first); default: all, of "
+        f"which a grid shows {GRID_CLASSES}, evenly spaced")  # fmt: skip
+    number = arguments.add_argument_group("how many").add_mutually_exclusive_group().add_argument
+    number("--per-class", type=int, help=f"pictures a class; default: {GRID_COLUMNS} in a grid, otherwise 50")
+    number("--count", type=int, help="pictures in all")
+    add = arguments.add_argument_group("sampling (pairs: for the pre and the post sub-token)").add_argument
+    pair = {"nargs": 2, "metavar": ("PRE", "POST")}
+    add("--preset", choices=["paper", "show"],
+        help="paper: the published settings of this size (own sizes: B's); show: cfg 4 4, top-p .96 .96; "
+        "default: show for a grid, otherwise paper; the flags below override it")  # fmt: skip
+    add(
+        "--cfg",
+        "--cfg-scale",
+        dest="cfg_scale",
+        type=float,
+        **pair,
+        help="scale of classifier-free guidance; 1 is none",
+    )
+    add("--temperature", type=float, **pair, help="divides the logits, above 0")
+    add("--top-k", type=int, **pair, help="draw from the k likeliest only; 0 is off")
+    add("--top-p", type=float, **pair, help="draw from the likeliest that together pass p; 1 is off")
+    add("--seed", type=int, default=0, help="another number gives other pictures")
+    add = arguments.add_argument_group("how").add_argument
+    add("--batch", type=int, default=50, help="pictures at a time on a device")
+    add("--precision", help="bf16, fp16 or fp32; default: bf16 on an accelerator, fp32 on a CPU")
+    add("--rounding", action="store_true", help="round to grey levels; published numbers truncate")
+    args = arguments.parse_args(argv)
+    for name, lowest in (("per_class", 1), ("count", 1), ("batch", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < lowest:
+            arguments.error(f"--{name.replace('_', '-')} must be at least {lowest}, not {value}")
+    return args
+
+
+def main():
+    args = parse()
+    out, kind = output(args.out)
+    rt = runtime.start()
+    precision = runtime.set_precision(rt, args.precision)
+
+    model, model_path, tokenizer, tokenizer_path = load_models(rt, args)
+
+    # Settings.
+    classes = choose_classes(args.classes, model.class_names, model.config.num_classes, kind)
+    count = args.count or (args.per_class or (GRID_COLUMNS if kind == "grid" else 50)) * len(classes)
+    preset = args.preset or ("show" if kind == "grid" else "paper")
+    defaults = PRESETS["show" if preset == "show" else paper_size(model.config.width)]
+    options = {name: getattr(args, name) or pair for name, pair in defaults.items()}
+    check_sampling(**options)
+    side = model.config.grid * tokenizer.factor
+    all_classes = classes == list(range(model.config.num_classes))
+    settings = {
+        "model": describe_file(model_path),
+        "tokenizer": describe_file(tokenizer_path),
+        "classes": f"all {len(classes)}" if all_classes else ",".join(map(str, classes)),
+        "count": count,
+        "size": f"{side}x{side}",
+        **{name: list(values) for name, values in options.items()},
+        "seed": args.seed,
+        "batch": args.batch,
+        "precision": precision,
+        "rounding": args.rounding,
+    }
+    work = out if kind == "folder" else Path(f"{out}.parts")  # where each batch goes as soon as it is made
+    if rt.main:
+        clear_or_refuse(work, kind, settings)
+    runtime.open_run(rt, work, settings)
+
+    # Batches, shared out over ranks. They are the same whatever the number of ranks, so that rounding is too.
+    names = model.class_names or list(map(str, range(model.config.num_classes)))
+
+    def files(batch):
+        if kind != "folder":
+            return [work / f"{batch[0]:06d}-{batch[-1]:06d}.npy"]
+        plain = [re.sub(r"[^\w.-]", "_", names[classes[i % len(classes)]]) for i in batch]
+        return [work / f"{i:06d}_{name}.png" for i, name in zip(batch, plain, strict=True)]
+
+    batches = [range(first, min(first + args.batch, count)) for first in range(0, count, args.batch)]
+    mine = batches[rt.rank :: rt.world]
+    todo = [batch for batch in mine if not all(file.exists() for file in files(batch))]
+    rt.barrier()
+    started = time.perf_counter()
+    for batch in tqdm(todo, unit="batch", disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True):
+        labels = torch.tensor([classes[i % len(classes)] for i in batch], device=rt.device)
+        seeds = [image_seed(args.seed, i) for i in batch]
+        with torch.no_grad(), runtime.autocast(rt.device, precision):
+            indices = model.generate(labels, **options, seeds=seeds)
+            images = tokenizer.decode(indices.unflatten(1, (model.config.grid, -1)))  # (B, N) -> (B, h, w)
+        images = to_uint8(images, args.rounding).movedim(1, -1)  # (B, 3, H, W) -> (B, H, W, 3)
+        store(files(batch), images.cpu().numpy())
+    (made,) = rt.reduce([sum(map(len, todo))])
+    seconds = time.perf_counter() - started
+
+    # One file out of the batches.
+    if rt.main and kind != "folder":
+        parts = [file for batch in batches for file in files(batch)]
+        if missing := [file for file in parts if not file.exists()]:
+            raise UserError(
+                f"{missing[0]} is not visible on this host; put --out on a file system that all hosts share"
+            )
+        if kind == "grid":
+            write_grid(out, parts, count, rows=len(classes))
+        else:
+            write_npz(out, parts, count)
+        runtime.write_json(f"{out}.json", settings)
+        shutil.rmtree(work)
+    if kind == "grid":
+        rt.say("rows: " + ", ".join(names[label] for label in classes))
+    again = f" ({count - made:.0f} were there already)" if made < count else ""
+    rt.say(f"made {made:.0f} pictures in {seconds:.1f} s ({made / seconds:.2f} images/s){again}: {out}")
+    rt.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models and settings
+
+
+def load_models(rt, args):
+    """(transformer, its file, tokenizer, its file). Without --tokenizer both come from one file."""
+    path = tokenizer_path = rt.share(locate(args.model, RELEASED_AR))
+    model, tokenizer = load_ar(path)
+    if args.tokenizer:
+        tokenizer_path = rt.share(locate(args.tokenizer, RELEASED_TOKENIZERS))
+        tokenizer = load_tokenizer(tokenizer_path)
+    right = "name the one it was trained with: --tokenizer PATH_OR_NAME"
+    if tokenizer is None:
+        raise UserError(f"{path} carries no tokenizer; {right}")
+    bits, of_model = tokenizer.config.bits, sum(model.config.factorized_bits)
+    if bits != of_model:
+        raise UserError(f"tokens of {tokenizer_path} have {bits} bits, those of {path} {of_model}; {right}")
+    return model.to(rt.device), path, tokenizer.to(rt.device), tokenizer_path
+
+
+def output(text):
+    """(path, "grid" | "npz" | "folder") meant by --out."""
+    out = Path(text)
+    kind = {".png": "grid", ".npz": "npz"}.get(out.suffix.lower(), "folder")
+    if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip"):
+        raise UserError(f"--out {text}: give a name ending in .png or .npz, or a folder")
+    if kind == "folder" and out.exists() and not out.is_dir():
+        raise UserError(f"--out {text} is a file; give a name ending in .png or .npz, or a folder")
+    if kind != "folder" and out.is_dir():
+        raise UserError(f"--out {text} is a folder; give another name")
+    return out, kind
+
+
+def choose_classes(text, names, number, kind):
+    """Labels meant by --classes: `all`, or class names or numbers, comma-separated, in that order."""
+    if text is None and kind == "grid":
+        return sorted({round(i) for i in np.linspace(0, number - 1, GRID_CLASSES)})
+    if text in (None, "all"):
+        return list(range(number))
+    labels = []
+    for item in (item.strip() for item in text.split(",")):
+        if names and item in names:
+            labels.append(names.index(item))
+        elif item.isdecimal() and int(item) < number:
+            labels.append(int(item))
+        else:
+            known = f"the numbers 0 to {number - 1}"
+            if names:
+                known += (
+                    ", " + ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+                )
+            raise UserError(f"--classes: unknown class '{item}'; known are all, {known}")
+    return labels
+
+
+def paper_size(width):
+    """Name of the paper's size of that width; for own sizes B, the smallest."""
+    return next((name for name in RELEASED_AR if AR_SIZES[name].width == width), "B")
+
+
+def describe_file(path):
+    """A file's path, size and time: another file, or the same one trained further, is told from it."""
+    status = os.stat(path)
+    return f"{path} ({status.st_size} bytes, written {time.ctime(status.st_mtime)})"
+
+
+def image_seed(seed, number):
+    """Seed of picture `number` of a run: 63 bits, a function of both."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Output
+
+
+def clear_or_refuse(work, kind, settings):
+    """Let a run go on in `work` only where it holds pictures of the same settings (or of fewer pictures)."""
+    if not work.is_dir() or not any(work.iterdir()):
+        return
+    try:
+        before = json.loads((work / "config.json").read_text())
+    except (OSError, ValueError):
+        before = None
+    grown = before is not None and before.get("count", 0) <= settings["count"]
+    changed = changed_settings(before or {}, settings, {"count"} if grown else set())
+    if not changed:
+        return
+    if kind != "folder":  # the remains of a stopped run, and no one else's
+        shutil.rmtree(work)
+        return
+    reason = f"pictures of other settings ({changed})" if before else "files that are not this script's"
+    raise UserError(f"the folder {work} holds {reason}; give another --out, or remove it")
+
+
+def write_whole(path, write):
+    """Call `write(file)` so that `path` is never seen half-written."""
+    scratch = Path(f"{path}.tmp")
+    try:
+        with open(scratch, "wb") as file:
+            write(file)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def store(files, pictures):
+    """Write uint8 pictures (B, H, W, 3): to one .npy, or each to its .png."""
+    if files[0].suffix == ".npy":
+        write_whole(files[0], lambda file: np.save(file, pictures))
+        return
+
+    def save(path, picture):  # the fastest compression: packing 50,000 pictures takes longer than making them
+        write_whole(path, lambda file: Image.fromarray(picture).save(file, "PNG", compress_level=1))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(save, files, pictures))
+
+
+def write_grid(out, parts, count, rows):
+    """One picture: a row a class, a column a sample, the rest of the last column empty."""
+    pictures = np.concatenate([np.load(part) for part in parts])
+    columns = -(-count // rows)
+    sheet = np.full((columns * rows, *pictures.shape[1:]), 230, np.uint8)
+    sheet[:count] = pictures
+    sheet = sheet.reshape(columns, rows, *pictures.shape[1:]).swapaxes(0, 1)  # picture i: row i % rows
+    sheet = torch.from_numpy(sheet.reshape(-1, *pictures.shape[1:])).movedim(-1, 1)  # NHWC -> NCHW
+    write_whole(out, lambda file: picture_grid(sheet, columns).save(file, "PNG"))
+
+
+def write_npz(out, parts, count):
+    """What np.savez(out, arr_0) writes, but with no more than one batch in memory."""
+    shape = (count, *np.load(parts[0], mmap_mode="r").shape[1:])
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(array, header)
+            for part in parts:
+                array.write(np.load(part).tobytes())
+
+    write_whole(out, write)
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)

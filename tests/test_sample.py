@@ -1,0 +1,329 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from ar_model import ARConfig, ARTransformer
+from runtime import UserError
+from tokenizer import Tokenizer, TokenizerConfig
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ARConfig(width=32, heads=2, spatial_layers=1, intra_layers=1, grid=4, num_classes=5)
+NAMES = ["A", "B", "cat", "0", "odd/name"]
+PAPER_B = {"cfg_scale": (1.9, 2.0)}  # temperature 1, no filter
+SHOW = {"cfg_scale": (4.0, 4.0), "top_p": (0.96, 0.96)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the subprocesses run: sums of other threads round otherwise, and here they would only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    model, tokenizer = ARTransformer(CONFIG), Tokenizer(TokenizerConfig(32, (1, 1), 1))
+    for head in model.head:  # zero at first: every class and place would look the same
+        torch.nn.init.normal_(head.weight, std=0.5)
+    return model.eval(), tokenizer.eval()
+
+
+@pytest.fixture(scope="module")
+def files(models, tmp_path_factory):
+    """Model files: whole, without tokenizer, without class names; tokenizer files: right, of other bits."""
+    folder = tmp_path_factory.mktemp("models")
+    model, tokenizer = models
+    state = {"config": dataclasses.asdict(tokenizer.config), "state": tokenizer.state_dict()}
+    whole = {
+        "kind": "ar",
+        "step": 1,
+        "config": dataclasses.asdict(CONFIG),
+        "model": model.state_dict(),
+        "class_names": NAMES,
+        "tokenizer": state,
+    }
+    other = Tokenizer(TokenizerConfig(32, (1, 1), 1, bits=10))
+    contents = {
+        "whole": whole,
+        "bare": {**whole, "tokenizer": None},
+        "nameless": {**whole, "class_names": None},
+        "tokenizer": {"kind": "tokenizer", "config": state["config"], "tokenizer": state["state"]},
+        "10bits": {
+            "kind": "tokenizer",
+            "config": dataclasses.asdict(other.config),
+            "tokenizer": other.state_dict(),
+        },
+    }
+    for name, content in contents.items():
+        torch.save(content, folder / f"{name}.pt")
+    return {name: str(folder / f"{name}.pt") for name in contents}
+
+
+def command(*flags, processes=1, check=True):
+    """sample.py as a user runs it."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "sample.py"), *map(str, flags)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def inside(monkeypatch, *flags):
+    """sample.py's main() in this process: quicker, and its errors are exceptions."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+    sample.main()
+
+
+@torch.no_grad()
+def expected(models, labels, batch, options, seed=0, first=0):
+    """The pictures (N, H, W, 3) of `labels`, by the models alone, in batches like the script's."""
+    model, tokenizer = models
+    pictures = []
+    for start in range(0, len(labels), batch):
+        part = torch.tensor(labels[start : start + batch])
+        seeds = [sample.image_seed(seed, start + i) for i in range(len(part))]
+        images = tokenizer.decode(model.generate(part, **options, seeds=seeds).view(-1, 4, 4))
+        pictures.append((255 * (images.clamp(-1, 1) + 1) / 2).floor().byte().movedim(1, -1).numpy())
+    return np.concatenate(pictures)
+
+
+def bytes_below(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix == ".png"}
+
+
+def test_npz_is_the_same_from_one_process_and_two(models, files, tmp_path):
+    flags = ["--model", files["whole"], "--count", 11, "--batch", 4, "--seed", 5]
+    one = command(*flags, "--out", tmp_path / "one.npz")
+    command(*flags, "--out", tmp_path / "two.npz", processes=2)
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    with np.load(tmp_path / "one.npz", allow_pickle=False) as file:
+        assert file.files == ["arr_0"]
+        pictures = file["arr_0"]
+    assert pictures.dtype == np.uint8 and pictures.shape == (11, 8, 8, 3)
+    np.testing.assert_array_equal(pictures, expected(models, [i % 5 for i in range(11)], 4, PAPER_B, seed=5))
+    assert len(np.unique(pictures.reshape(11, -1), axis=0)) == 11
+    assert "made 11 pictures in" in one.stdout and "images/s" in one.stdout
+    assert sorted(os.listdir(tmp_path)) == ["one.npz", "one.npz.json", "two.npz", "two.npz.json"]
+    settings = json.loads((tmp_path / "one.npz.json").read_text())
+    assert settings["cfg_scale"] == [1.9, 2.0] and settings["count"] == 11 and settings["seed"] == 5
+
+
+def test_folder_is_the_same_from_one_process_and_two_and_goes_on(
+    models, files, tmp_path, monkeypatch, capsys
+):
+    flags = ["--model", files["whole"], "--classes", "cat,odd/name", "--batch", 3]
+    command(*flags, "--count", 7, "--out", tmp_path / "two", processes=2)
+    one = tmp_path / "one"
+    inside(monkeypatch, *flags, "--count", 5, "--out", one)
+    inside(monkeypatch, *flags, "--count", 7, "--out", one)  # more of the same
+    assert "made 4 pictures" in capsys.readouterr().out  # batch 3..5 was not complete
+    pictures = bytes_below(one)
+    assert pictures == bytes_below(tmp_path / "two")
+    assert list(pictures)[:2] == ["000000_cat.png", "000001_odd_name.png"] and len(pictures) == 7
+    truth = expected(models, [2, 4, 2, 4, 2, 4, 2], 3, PAPER_B)
+    for name, picture in zip(pictures, truth):
+        np.testing.assert_array_equal(np.asarray(Image.open(one / name)), picture)
+    # A missing picture is made again, with its batch; whole batches are left alone.
+    (one / "000001_odd_name.png").unlink()
+    (one / "000004_cat.png").write_bytes(b"left alone")
+    inside(monkeypatch, *flags, "--count", 7, "--out", one)
+    assert bytes_below(one) == {**pictures, "000004_cat.png": b"left alone"}
+    assert "(4 were there already)" in capsys.readouterr().out
+    for change, word in ((["--seed", 1], "seed was 0, is 1"), (["--count", 6], "count was 7, is 6")):
+        with pytest.raises(UserError, match=word):
+            inside(monkeypatch, *flags, "--count", 7, *change, "--out", one)
+    with pytest.raises(UserError, match="not this script's"):
+        inside(monkeypatch, *flags, "--count", 7, "--out", tmp_path)
+
+
+def test_a_stopped_npz_goes_on(files, tmp_path, monkeypatch, capsys):
+    flags = ["--model", files["whole"], "--count", 10, "--batch", 4]
+    inside(monkeypatch, *flags, "--out", tmp_path / "whole.npz")
+    store, stored = sample.store, []
+
+    def stop_at_the_second(paths, pictures):
+        if stored:
+            raise KeyboardInterrupt
+        stored.append(paths)
+        store(paths, pictures)
+
+    out = tmp_path / "stopped.npz"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample, "store", stop_at_the_second)
+        inside(monkeypatch, *flags, "--out", out)
+    assert not out.exists()
+    capsys.readouterr()
+    inside(monkeypatch, *flags, "--out", out)
+    assert "made 6 pictures" in capsys.readouterr().out
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    # The remains of a run of other settings are of no use.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stored.clear()
+        patch.setattr(sample, "store", stop_at_the_second)
+        inside(monkeypatch, *flags, "--seed", 1, "--out", out)
+    inside(monkeypatch, *flags, "--out", out)
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_grid(models, files, tmp_path, monkeypatch):
+    """A row a class in the order asked; a name goes before a number: "0" is the class named so, 1 is B."""
+    out = tmp_path / "new" / "grid.png"
+    done = command("--model", files["whole"], "--classes", "cat,0,1", "--per-class", 2, "--out", out)
+    assert "rows: cat, 0, B" in done.stdout
+    sheet = np.asarray(Image.open(out))
+    truth = expected(models, [2, 3, 1, 2, 3, 1], 50, SHOW)
+    assert sheet.shape == (3 * 8 + 2 * 2, 2 * 8 + 2, 3)  # two pixels between neighbours
+    for i, picture in enumerate(truth):
+        top, left = i % 3 * 10, i // 3 * 10
+        np.testing.assert_array_equal(sheet[top : top + 8, left : left + 8], picture)
+    # Left open: all classes of a small model, 8 columns. A count that does not fill it: its end stays empty.
+    inside(monkeypatch, "--model", files["whole"], "--out", out)
+    assert Image.open(out).size == (8 * 10 - 2, 5 * 10 - 2)
+    inside(monkeypatch, "--model", files["whole"], "--classes", "A,B", "--count", 3, "--out", out)
+    assert (np.asarray(Image.open(out))[10:, 10:] == 230).all()
+
+
+def test_a_tokenizer_of_ones_own(files, tmp_path, monkeypatch):
+    flags = ["--count", 3, "--rounding"]
+    inside(monkeypatch, "--model", files["whole"], *flags, "--out", tmp_path / "a.npz")
+    inside(
+        monkeypatch,
+        "--model",
+        files["bare"],
+        "--tokenizer",
+        files["tokenizer"],
+        *flags,
+        "--out",
+        tmp_path / "b.npz",
+    )
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    inside(monkeypatch, "--model", files["whole"], "--count", 3, "--out", tmp_path / "c.npz")
+    rounded, truncated = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("a.npz", "c.npz"))
+    assert set(np.unique(rounded - truncated)) == {0, 1}
+
+
+def test_presets(files, tmp_path, monkeypatch):
+    """The published settings, as the paper's repository states them for each size."""
+    assert [sample.paper_size(width) for width in (1024, 1280, 1536, 32)] == ["B", "L", "XL", "B"]
+    published = {"B": [1.9, 2.0, 1.0, 1.0], "L": [1.9, 1.9, 1.1, 1.0], "XL": [1.75, 1.85, 1.1, 1.0]}
+    for name, values in published.items():
+        preset = sample.PRESETS[name]
+        assert [*preset["cfg_scale"], *preset["temperature"]] == values
+        assert preset["top_k"] == (0, 0) and preset["top_p"] == (1.0, 1.0)
+    flags = ["--model", files["whole"], "--count", 1]
+    cases = [
+        ("a.png", [], [[4.0, 4.0], [1.0, 1.0], [0, 0], [0.96, 0.96]]),
+        ("b.npz", ["--preset", "show", "--top-k", 9, 0], [[4.0, 4.0], [1.0, 1.0], [9, 0], [0.96, 0.96]]),
+        ("c.png", ["--preset", "paper", "--cfg", 3, 1], [[3.0, 1.0], [1.0, 1.0], [0, 0], [1.0, 1.0]]),
+        (
+            "d.npz",
+            ["--temperature", 0.5, 2, "--top-p", 0.9, 0.8],
+            [[1.9, 2.0], [0.5, 2.0], [0, 0], [0.9, 0.8]],
+        ),
+    ]
+    for name, more, values in cases:
+        inside(monkeypatch, *flags, *more, "--out", tmp_path / name)
+        settings = json.loads((tmp_path / f"{name}.json").read_text())
+        assert [settings[key] for key in ("cfg_scale", "temperature", "top_k", "top_p")] == values, name
+
+
+def test_numbers_of_pictures_and_classes(monkeypatch):
+    assert sample.choose_classes(None, None, 1000, "npz") == list(range(1000))
+    assert sample.choose_classes("all", None, 1000, "grid") == list(range(1000))
+    spread = sample.choose_classes(None, None, 1000, "grid")
+    assert len(spread) == 10 and spread[0] == 0 and spread[-1] == 999
+    assert sample.choose_classes(None, None, 3, "grid") == [0, 1, 2]
+    assert sample.choose_classes("7, 3,7", None, 10, "folder") == [7, 3, 7]
+    with pytest.raises(UserError, match="unknown class '10'; known are all, the numbers 0 to 9$"):
+        sample.choose_classes("10", None, 10, "folder")
+    with pytest.raises(UserError, match="0 to 4, A, B, cat, 0, odd/name$"):
+        sample.choose_classes("A,dog", NAMES, 5, "folder")
+    seeds = [sample.image_seed(seed, i) for seed in (0, 1) for i in range(1000)]
+    assert len(set(seeds)) == 2000 and 0 <= min(seeds) and max(seeds) < 2**63
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--classes", "dog"], "unknown class 'dog'"),
+        (["--classes", "-1"], "unknown class '-1'"),
+        (["--temperature", "0", "1"], "temperature must be above 0"),
+        (["--top-p", "1.5", "1"], "top_p must be"),
+        (["--top-k", "-1", "1"], "top_k must be"),
+        (["--cfg", "nan", "1"], "cfg_scale must be finite"),
+        (["--model", "bare"], "bare.pt carries no tokenizer"),
+        (["--tokenizer", "10bits"], "have 10 bits, those of .* 18"),
+        (["--model", "tokenizer"], "is a tokenizer file"),
+        (["--tokenizer", "bare"], "no tokenizer"),
+        (["--model", "nowhere.pt"], "no file or folder nowhere.pt; released names: B, L, XL"),
+        (["--out", "x.jpg"], "ending in .png or .npz"),
+        (["--precision", "int8"], "unknown precision 'int8'"),
+    ],
+)
+def test_errors(flags, word, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [files.get(flag, flag) for flag in flags]
+    with pytest.raises(UserError, match=word) as error:
+        inside(monkeypatch, "--model", files["whole"], "--count", 1, "--out", "x.npz", *flags)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "flags", [["--count", "0"], ["--batch", "0"], ["--seed", "-1"], ["--per-class", "0"]]
+)
+def test_flags_out_of_range(flags, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        inside(monkeypatch, "--model", "x", "--out", "y", *flags)
+    assert stop.value.code == 2 and f"{flags[0]} must be at least" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_and_exit_code_2(files, tmp_path):
+    done = command("--model", files["bare"], "--out", tmp_path / "x", check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("sample.py: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise OSError("no space")
+
+    (tmp_path / "x.png").write_bytes(b"before")
+    with pytest.raises(OSError, match="no space"):
+        sample.write_whole(tmp_path / "x.png", fail)
+    assert os.listdir(tmp_path) == ["x.png"] and (tmp_path / "x.png").read_bytes() == b"before"
+
+
+def test_output_kinds(tmp_path):
+    assert [sample.output(name)[1] for name in ("a.png", "b.NPZ", "c", "d.v2")] == [
+        "grid",
+        "npz",
+        "folder",
+        "folder",
+    ]
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("file", "folder.png"):
+        with pytest.raises(UserError, match=name):
+            sample.output(tmp_path / name)
