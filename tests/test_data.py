@@ -1,0 +1,554 @@
+import io
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from golden_files import load
+from PIL import Image
+
+import data
+from runtime import UserError
+
+
+def save(path, colour=(200, 30, 60), size=(20, 20), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+    return path
+
+
+def folder_of(tmp_path, good, bad=()):
+    """One class of grey pictures: number i has level i; those in `bad` hold no picture."""
+    for i in range(good + len(bad)):
+        path = save(tmp_path / "class" / f"{i:04}.png", (i, i, i))
+        if i in bad:
+            path.write_bytes(b"")
+    return tmp_path
+
+
+class Spy(torch.utils.data.Dataset):
+    """A data set whose pictures say which entry was asked for."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, entry):
+        epoch, index = entry
+        return torch.tensor([epoch, index, 0], dtype=torch.uint8).view(3, 1, 1), index, index, True
+
+
+def entries_in(batches):
+    """The (epoch, index) of every sample, in order."""
+    return [tuple(image.flatten()[:2].tolist()) for images, *_ in batches for image in images]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+def test_golden_resize_and_centre_crop(tmp_path):
+    golden = load("preprocess")
+    for i in range(6):
+        picture = Image.fromarray(golden[f"input_{i}"].numpy())
+        ours = torch.from_numpy(np.array(data.resize_and_crop(picture, 64)))
+        assert torch.equal(ours, golden[f"center_crop_64_{i}"]), i
+        (tmp_path / "class").mkdir(exist_ok=True)
+        picture.save(tmp_path / "class" / f"{i}.png")
+    dataset = data.open_pictures(tmp_path, 64, train=False)
+    for i in range(6):
+        image, label, index, ok = dataset[3, i]
+        assert torch.equal(image.movedim(0, -1), golden[f"center_crop_64_{i}"])
+        assert image.is_contiguous() and (label, index, ok) == (0, i, True)
+
+
+def test_training_crops_reach_every_offset_and_belong_to_seed_epoch_and_index(tmp_path):
+    columns = np.arange(18, dtype=np.uint8)
+    picture = np.broadcast_to(columns[None, :, None], (16, 18, 3))  # each pixel's value is its column
+    (tmp_path / "class").mkdir()
+    for i in range(2):
+        Image.fromarray(np.ascontiguousarray(picture)).save(tmp_path / "class" / f"{i}.png")
+
+    def offsets(seed, index):
+        dataset = data.open_pictures(tmp_path, 16, train=True, seed=seed)
+        return [dataset[epoch, index][0][0, 0, 0].item() for epoch in range(40)]
+
+    assert set(offsets(0, 0)) == {0, 1, 2}
+    assert offsets(0, 0) == offsets(0, 0)
+    assert offsets(0, 0) != offsets(1, 0) and offsets(0, 0) != offsets(0, 1)
+    image = data.open_pictures(tmp_path, 16, train=True)[0, 0][0]
+    assert (image[:, :, 1:] - image[:, :, :-1] == 1).all()  # cropped, neither scaled nor flipped
+
+
+def test_levels():
+    levels = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    assert torch.allclose(data.to_float(levels), torch.tensor([-1.0, -0.6, 1.0]), atol=1e-7)
+    floats = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])  # 0 is level 127.5, 0.999 is 254.87
+    assert data.to_uint8(floats).tolist() == [0, 0, 127, 254, 255, 255]
+    assert data.to_uint8(floats, rounding=True).tolist() == [0, 0, 128, 255, 255, 255]
+    assert data.to_uint8(torch.tensor([0.499], dtype=torch.bfloat16)).tolist() == [191]  # bf16 0.5: 191.25
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_classes_names_and_labels(tmp_path):
+    for name in ["b/z.JPEG", "b/deep/er/a.png", "a10/x.bmp", "a9/y.webp", "B/q.Tiff"]:
+        save(tmp_path / name)
+    for name in ["b/notes.txt", "b/.hidden.png", "b/.cache/p.png", ".git/p.png", "loose.png"]:
+        save(tmp_path / name, format="PNG")
+    dataset = data.open_pictures(tmp_path, 16, train=False)
+    assert dataset.classes == ["B", "a10", "a9", "b"]
+    names = [dataset.name(i) for i in range(len(dataset))]
+    assert names == ["B/q.Tiff", "a10/x.bmp", "a9/y.webp", "b/deep/er/a.png", "b/z.JPEG"]
+    assert list(dataset.labels) == [0, 1, 2, 3, 3] and dataset[0, 4][1] == 3
+
+    everything = data.open_pictures(tmp_path, 16, train=False, labelled=False)
+    assert everything.classes == ["all"] and list(everything.labels) == [0] * 6
+    assert "loose.png" in [everything.name(i) for i in range(6)]
+
+
+def test_what_is_wrong_with_a_folder_is_said(tmp_path):
+    def complaint(path, **options):
+        with pytest.raises(UserError) as error:
+            data.open_pictures(path, options.pop("size", 16), train=True, **options)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "there is no picture folder" in complaint(tmp_path / "none")
+    assert "there is no picture folder" in complaint(save(tmp_path / "files" / "one.png"))
+    (tmp_path / "empty").mkdir()
+    assert "holds no pictures" in complaint(tmp_path / "empty")
+    assert "holds no pictures" in complaint(tmp_path / "empty", labelled=False)
+    assert "no class folders, its 1 pictures lie directly in it" in complaint(tmp_path / "files")
+    save(tmp_path / "half" / "full" / "p.png")
+    (tmp_path / "half" / "hollow").mkdir()
+    assert "hollow holds no pictures" in complaint(tmp_path / "half")
+    for i in range(3):
+        (save(tmp_path / "dead" / "class" / f"{i}.png")).write_bytes(b"no picture")
+    assert "not one of the first 3 pictures" in complaint(tmp_path / "dead")
+    for wrong in ({"size": 0}, {"seed": -1}):
+        assert "must be positive" in complaint(tmp_path / "half", **wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Odd and unreadable pictures
+
+
+def test_odd_pictures_are_read_as_what_they_show(tmp_path, recwarn):
+    def level(picture, size=8, **options):
+        """What a one-coloured picture comes out as."""
+        file = tmp_path / "class" / "p"
+        file.parent.mkdir(exist_ok=True)
+        if isinstance(picture, bytes):
+            file.write_bytes(picture)
+        else:
+            picture.save(file, **options)
+        image = data.resize_and_crop(data.load_rgb(file), size)
+        assert image.mode == "RGB" and image.size == (size, size)
+        colours = image.getcolors(size * size)
+        assert len(colours) == 1, colours
+        return colours[0][1]
+
+    cmyk = level(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), format="JPEG")
+    assert np.abs(np.subtract(cmyk, (255, 0, 0))).max() <= 3
+    assert level(Image.new("L", (20, 20), 77), format="PNG") == (77, 77, 77)
+    assert level(Image.new("1", (20, 20), 1), format="PNG") == (255, 255, 255)
+    assert level(Image.new("RGBA", (20, 20), (9, 8, 7, 0)), format="PNG") == (9, 8, 7)
+    palette = Image.new("P", (20, 20), 3)
+    palette.putpalette([0] * 9 + [10, 20, 30] + [255] * 756)
+    assert level(palette, format="PNG", transparency=bytes(range(256))) == (10, 20, 30)
+    assert level(palette, format="GIF") == (10, 20, 30)
+    grey16 = Image.fromarray(np.full((20, 20), 100 * 257, np.uint16))  # 16 bits: level 100 is 100 * 257
+    assert level(grey16, format="PNG") == (100, 100, 100)
+    assert level(grey16, format="TIFF") == (100, 100, 100)
+    big_endian = b"P5 4 4 65535\n" + (100 * 257).to_bytes(2, "big") * 16
+    assert level(big_endian) == (100, 100, 100)
+    assert level(Image.new("RGB", (1, 1), (1, 2, 3)), format="PNG") == (1, 2, 3)
+    assert level(Image.new("RGB", (20_000, 10), (1, 2, 3)), format="PNG") == (1, 2, 3)
+    assert level(Image.new("RGB", (20_000, 1), (1, 2, 3)), size=256, format="PNG") == (1, 2, 3)
+    assert level(Image.new("RGB", (1, 20_000), (1, 2, 3)), size=256, format="PNG") == (1, 2, 3)
+    assert level(Image.new("RGB", (20, 20), (0, 0, 0)), format="JPEG", exif=b"Exif\0\0II*\0\xff\xff") == (
+        0,
+        0,
+        0,
+    )
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_crop_of_a_very_long_picture_is_the_crop_of_its_whole_enlargement(monkeypatch):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 500, 3), dtype=np.uint8))
+    for rng in (lambda: None, lambda: np.random.default_rng(5)):
+        whole = np.array(data.resize_and_crop(picture, 24, rng()), int)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+            piece = np.array(data.resize_and_crop(picture, 24, rng()), int)
+        assert np.abs(whole - piece).max() <= 1 and whole.std() > 20
+
+
+def test_orientation_in_exif_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    path = save(tmp_path / "turned.jpg", size=(40, 20), exif=exif)
+    assert data.load_rgb(path).size == (40, 20)
+
+
+def unreadable_kinds():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    jpeg = io.BytesIO()
+    noise.save(jpeg, "JPEG")
+
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    return {
+        "truncated": jpeg.getvalue()[: len(jpeg.getvalue()) // 2],
+        "empty": b"",
+        "text": b"this is no picture\n" * 10,
+        "bomb": bomb,
+    }
+
+
+@pytest.mark.parametrize("kind", unreadable_kinds())
+def test_the_next_readable_picture_takes_an_unreadable_ones_place(tmp_path, kind, recwarn):
+    for i in range(5):
+        save(tmp_path / f"{i}" / "p.png", (i, i, i))
+    for i in (1, 2, 4):
+        (tmp_path / f"{i}" / "p.png").write_bytes(unreadable_kinds()[kind])
+    dataset = data.open_pictures(tmp_path, 16, train=True)
+    for index, place in enumerate([0, 3, 3, 3, 0]):
+        image, label, named, ok = dataset[7, index]
+        assert (image == place).all() and label == place and named == index and ok == (place == index)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_more_than_one_percent_unreadable_stops(tmp_path, capsys):
+    bad = data.BadPictures(data.open_pictures(folder_of(tmp_path, 198, bad=(7, 150)), 16, train=True))
+    assert bad.report() == "unreadable pictures: none"
+    bad.add([7])
+    bad.add([7, 150])  # 7 again, in another epoch
+    assert capsys.readouterr().err.count("class/0007.png") == 1
+    bad.check(2)
+    bad.check(epochs=2)
+    with pytest.raises(UserError, match=r"more than 1% of the 200 pictures .*class/0007.png, class/0150.png"):
+        bad.check()  # three in one epoch
+    with pytest.raises(UserError):
+        data.BadPictures(bad.dataset).check(5, epochs=2)
+    assert bad.report() == "unreadable pictures: 2 (class/0007.png, class/0150.png)"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Order and batches
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    order = data.SampleOrder(13, seed=5)
+    entries = order.at(0, 13 * 4)
+    epochs = [entries[13 * i : 13 * i + 13] for i in range(4)]
+    for number, epoch in enumerate(epochs):
+        assert {e for e, _ in epoch} == {number}
+        assert sorted(i for _, i in epoch) == list(range(13))
+    assert len({tuple(i for _, i in epoch) for epoch in epochs}) == 4
+    assert entries[:13] != data.SampleOrder(13, seed=6).at(0, 13)
+
+
+def test_the_order_from_any_sample_is_the_rest_of_the_whole():
+    whole = data.SampleOrder(13, seed=5).at(0, 100)
+    for first in range(0, 60, 7):
+        order = data.SampleOrder(13, seed=5)
+        assert order.at(first, 5) + order.at(first + 5, 30) == whole[first : first + 35]
+
+
+def spy_steps(rank=0, world=1, micro_batch=3, first=0, total=9):
+    steps = data.training_batches(Spy(20), 1, 12, micro_batch, rank, world, first, total)
+    return [entries_in(micro_batches) for micro_batches in steps]
+
+
+def test_training_goes_on_where_it_stopped():
+    whole = spy_steps()
+    assert len(whole) == 9 and [entry for step in whole for entry in step] == data.SampleOrder(20, 1).at(
+        0, 9 * 12
+    )
+    for first in (1, 4, 8):
+        assert spy_steps(first=first) == whole[first:]
+
+
+def test_ranks_share_a_global_batch_by_micro_batches():
+    whole = spy_steps()
+    for world in (2, 4):
+        shares = [spy_steps(rank, world) for rank in range(world)]
+        assert [[entry for part in parts for entry in part] for parts in zip(*shares)] == whole
+    micro_batches = next(data.training_batches(Spy(20), 1, 12, 3, 1, 2, 0, 1))
+    assert [len(images) for images, *_ in micro_batches] == [3, 3]
+    with pytest.raises(UserError, match="--global-batch"):
+        data.training_batches(Spy(20), 1, 12, 5, 0, 1, 0, 1)
+
+
+def test_batches_do_not_depend_on_workers_nor_move_the_global_generator(tmp_path):
+    for i in range(12):
+        noise = np.random.default_rng(i).integers(0, 256, (16, 40, 3), dtype=np.uint8)
+        path = save(tmp_path / f"class{i % 3}" / f"{i}.png")
+        Image.fromarray(noise).save(path)
+    path.write_bytes(b"")
+    dataset = data.open_pictures(tmp_path, 16, train=True)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    alone, helped = (
+        [batch for step in data.training_batches(dataset, 0, 8, 4, 0, 1, 1, 5, workers) for batch in step]
+        for workers in (0, 2)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(alone) == len(helped) == 8
+    for (images, labels, bad), other in zip(alone, helped):
+        assert images.dtype == torch.uint8 and images.shape == (4, 3, 16, 16) and labels.dtype == torch.int64
+        assert torch.equal(images, other[0]) and torch.equal(labels, other[1]) and bad == other[2]
+    assert {dataset.name(index) for _, _, bad in alone for index in bad} == {"class2/11.png"}
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (3, 0), (2, 2)])
+def test_evaluation_takes_every_readable_picture_once(tmp_path, world, workers):
+    dataset = data.open_pictures(folder_of(tmp_path, 11, bad=(0, 1, 8)), 16, train=False)
+    seen, unreadable = [], []
+    for rank in range(world):
+        for images, labels, indices, bad in data.evaluation_batches(dataset, 2, rank, world, workers):
+            assert len(images) == len(labels) == len(indices) <= 2 and images.shape[1:] == (3, 16, 16)
+            assert images[:, 0, 0, 0].tolist() == indices.tolist() and labels.dtype == torch.int64
+            seen += indices.tolist()
+            unreadable += bad
+    assert sorted(seen) == [2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13] and sorted(unreadable) == [0, 1, 8]
+
+
+def test_evaluation_of_some_pictures_with_several_crops():
+    batches = list(data.evaluation_batches(Spy(20), 2, indices=[3, 5, 9], crops=2))
+    assert [entries_in([batch]) for batch in batches] == [
+        [(0, 3), (1, 3), (0, 5), (1, 5)],
+        [(0, 9), (1, 9)],
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Glyphs
+
+
+def test_glyphs_are_a_function_of_seed_stream_and_number():
+    a, b = (data.open_pictures("glyphs:50:ABC", 32, train=True, seed=4) for _ in range(2))
+    for i in (0, 7, 49):
+        image, label, index, ok = a[0, i]
+        assert (
+            image.dtype == torch.uint8
+            and image.shape == (3, 32, 32)
+            and (label, index, ok) == (i % 3, i, True)
+        )
+        assert torch.equal(image, b[9, i][0])
+    others = [
+        data.open_pictures("glyphs:50:ABC", 32, train=False, seed=4)[0, 7][0],
+        data.open_pictures("glyphs:50:ABC", 32, train=True, seed=5)[0, 7][0],
+        a[0, 10][0],
+    ]
+    for other in others:
+        assert (other.int() - a[0, 7][0].int()).abs().float().mean() > 5
+
+
+def test_glyph_sources():
+    default = data.open_pictures("glyphs", 16, train=True)
+    assert len(default) == 50_000 and "".join(default.classes) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    assert default.name(17) == "glyph 17"
+    assert len(data.open_pictures("glyphs:12", 16, train=True)) == 12
+    for wrong in (
+        "glyphs:",
+        "glyphs:0",
+        "glyphs:x",
+        "glyphs:5:",
+        "glyphs:5:A B",
+        "glyphs:5:AA",
+        "glyphs:5:A:B",
+    ):
+        with pytest.raises(UserError, match="glyph"):
+            data.open_pictures(wrong, 32, train=True)
+    with pytest.raises(UserError, match="at least 16"):
+        data.open_pictures("glyphs", 15, train=True)
+
+
+@pytest.mark.parametrize("size", [16, 32, 100])
+def test_glyphs_are_legible(size):
+    """Letter and ground lie on different sides of luma 0.475, the letter is 60 to 85 % of the side high."""
+    dataset = data.open_pictures("glyphs", size, train=True)
+    heights, sides, share_between = [], [], []
+    for i in range(144):
+        image = dataset[0, i][0].double() / 255
+        luma = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+        border = torch.cat([luma[0], luma[-1], luma[:, 0], luma[:, -1]])
+        ground_is_light = (border > 0.475).double().mean() > 0.5
+        letter = (luma > 0.475) != ground_is_light
+        rows = letter.any(1).nonzero()
+        heights.append((rows.max() - rows.min() + 1).item() / size)
+        sides.append(bool(ground_is_light))
+        share_between.append(((luma > 0.31) & (luma < 0.64)).double().mean().item())
+        assert 0.03 < letter.double().mean() < 0.5, i
+    assert 0.25 < np.mean(sides) < 0.75  # light on dark and dark on light
+    assert 0.55 < min(heights) and max(heights) < 0.98 and 0.65 < np.mean(heights) < 0.85
+    assert np.mean(share_between) < 0.2  # only the letter's smooth edge is between
+
+
+def test_a_glyph_looks_the_same_at_another_size():
+    small, large = (data.open_pictures("glyphs", size, train=True) for size in (32, 128))
+    for i in range(20):
+        shrunk = large[0, i][0].float().unflatten(1, (32, 4)).unflatten(3, (32, 4)).mean((2, 4))
+        assert (shrunk - small[0, i][0].float()).abs().mean() < 10, i  # two different glyphs: 60 and more
+
+
+def test_picture_grid():
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 6)
+    sheet = np.array(data.picture_grid(images, columns=2))
+    assert sheet.shape == (3 * 4 + 2 * 2, 2 * 6 + 2, 3)
+    assert (sheet[:4, :6] == 0).all() and (sheet[:4, 8:] == 1).all() and (sheet[12:, :6] == 4).all()
+    assert (sheet[4:6] == 230).all() and (sheet[12:, 8:] == 230).all()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The code cache
+
+SETTINGS = {
+    "tokenizer_hash": "abc",
+    "bits": 18,
+    "grid": [2, 3],
+    "size": 32,
+    "crops": 2,
+    "seed": 0,
+    "classes": ["x", "y"],
+    "count": 9,
+    "source": "somewhere",
+}
+CODES = np.random.default_rng(0).integers(0, 2**18, (9, 2, 6))
+LABELS = np.arange(9) % 2
+
+
+def fill_rows(writer, rows):
+    writer.write(rows, CODES[rows], LABELS[rows])
+
+
+def complete_cache(folder):
+    writer = data.CodeWriter(folder, SETTINGS)
+    fill_rows(writer, [0, 1, 2, 4, 5, 6, 7, 8])
+    writer.write_unreadable([3])
+    writer.finish()
+    return folder
+
+
+def content(folder):
+    return {name: (folder / name).read_bytes() for name in ("codes.bin", "labels.bin", "manifest.json")}
+
+
+def test_cache_round_trip(tmp_path):
+    codes = data.open_codes(complete_cache(tmp_path / "a" / "cache"))
+    readable = [0, 1, 2, 4, 5, 6, 7, 8]
+    assert (
+        len(codes) == 8
+        and codes.rows.tolist() == readable
+        and codes.labels.tolist() == [0, 1, 0, 0, 1, 0, 1, 0]
+    )
+    assert codes.classes == ["x", "y"] and codes.grid == (2, 3) and codes.manifest["tokenizer_hash"] == "abc"
+    assert codes.codes.shape == (9, 2, 6) and (codes.codes[readable] == CODES[readable]).all()
+    on_file = np.frombuffer((tmp_path / "a" / "cache" / "labels.bin").read_bytes(), "<i4")
+    assert on_file.tolist() == [0, 1, 0, -1, 0, 1, 0, 1, 0]
+
+    entries = data.SampleOrder(8, seed=0).at(0, 80)
+    indices, labels = codes.batch(entries, seed=1)
+    assert indices.dtype == labels.dtype == torch.int64 and indices.shape == (80, 6)
+    assert labels.tolist() == [LABELS[readable[i]] for _, i in entries]
+    crops = []
+    for row, (_, i) in zip(indices.numpy(), entries):
+        crops += [crop for crop in (0, 1) if (row == CODES[readable[i], crop]).all()]
+    assert len(crops) == 80 and 20 < sum(crops) < 60
+    assert torch.equal(codes.batch(entries[30:50], seed=1)[0], indices[30:50])
+    assert not torch.equal(codes.batch(entries, seed=2)[0], indices)
+
+
+def test_a_cache_goes_on_after_a_stop(tmp_path):
+    expected = content(complete_cache(tmp_path / "whole"))
+    writer = data.CodeWriter(tmp_path / "cut", SETTINGS)
+    fill_rows(writer, [5, 0])
+    writer.write_unreadable([3])
+    with pytest.raises(UserError, match="incomplete: finish it by running encode.py again"):
+        data.open_codes(tmp_path / "cut")
+    with pytest.raises(UserError, match="not finished"):
+        writer.finish()
+    writer = data.CodeWriter(tmp_path / "cut", SETTINGS | {"source": "moved"})
+    assert writer.todo().tolist() == [1, 2, 3, 4, 6, 7, 8] and not writer.complete  # 3 gets another chance
+    fill_rows(writer, [1, 2, 4, 6, 7, 8])
+    writer.finish()
+    assert content(tmp_path / "cut") == expected
+    assert data.CodeWriter(tmp_path / "cut", SETTINGS).complete
+
+
+def test_two_writers_make_the_same_files_as_one(tmp_path):
+    expected = content(complete_cache(tmp_path / "one"))
+    writers = [data.CodeWriter(tmp_path / "two", SETTINGS) for _ in range(2)]
+    for a, b in ([0, 8], [2, 7], [4, 6], [5, 1]):
+        fill_rows(writers[0], [a])
+        fill_rows(writers[1], [b])
+    writers[1].write_unreadable([3])
+    writers[0].finish()
+    assert content(tmp_path / "two") == expected
+
+
+def test_a_label_is_set_only_after_its_codes(tmp_path, monkeypatch):
+    writer = data.CodeWriter(tmp_path, SETTINGS)
+
+    def no_space(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)  # the codes do not reach the disk
+    with pytest.raises(OSError):
+        fill_rows(writer, [1])
+    assert (writer.labels() == data.TODO).all()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("tokenizer_hash", "def"), ("crops", 0), ("seed", 1), ("count", 8), ("classes", ["x", "z"])],
+)
+def test_a_cache_made_otherwise_is_refused(tmp_path, name, value):
+    complete_cache(tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=f"made with {name} .*give another --out"):
+        data.CodeWriter(tmp_path, SETTINGS | {name: value})
+    assert content(tmp_path) == before
+
+
+def test_damaged_and_foreign_caches_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a code cache"):
+        data.open_codes(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"cut sho')
+    with pytest.raises(UserError, match="is not a code cache"):
+        data.open_codes(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    complete_cache(tmp_path)
+    for name in ("codes.bin", "labels.bin"):
+        whole = (tmp_path / name).read_bytes()
+        for wrong in (whole[:-4], whole + b"1234"):
+            (tmp_path / name).write_bytes(wrong)
+            with pytest.raises(UserError, match=f"{name} has {len(wrong)} bytes.*damaged"):
+                data.open_codes(tmp_path)
+            with pytest.raises(UserError, match="damaged"):
+                data.CodeWriter(tmp_path, SETTINGS)
+        (tmp_path / name).write_bytes(whole)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
+    with pytest.raises(UserError, match="newer version"):
+        data.open_codes(tmp_path)
+
+
+def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match="GiB free"):
+        data.CodeWriter(tmp_path, SETTINGS | {"count": 10**15})
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,224 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import encode
+from runtime import UserError
+from tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+
+CONFIG = TokenizerConfig(channels=32, channel_multipliers=(1, 1), blocks_per_level=1, bits=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    """A tiny tokenizer whose moving average differs from its weights."""
+    torch.manual_seed(0)
+    state, average = Tokenizer(CONFIG).state_dict(), Tokenizer(CONFIG).state_dict()
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.pt"
+    content = {"kind": "tokenizer", "config": asdict(CONFIG), "tokenizer": state, "tokenizer_ema": average}
+    checkpoint.write_atomically(path, content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """101 pictures of two classes, 30x20, one of them (b/099.png, the last but one) unreadable."""
+    folder = make_pictures(tmp_path_factory.mktemp("pictures"), 101)
+    (folder / "b" / "099.png").write_bytes(b"no picture")
+    return folder
+
+
+def make_pictures(folder, count):
+    random = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / "ab"[i % 2 or i == 100] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        levels = np.repeat(np.repeat(random.integers(0, 256, (5, 6, 3), dtype=np.uint8), 4, 0), 5, 1)
+        Image.fromarray(levels).save(path)
+    return folder
+
+
+def flags(tokenizer_file, source, out, *more):
+    flags = [
+        "--tokenizer",
+        tokenizer_file,
+        "--data",
+        source,
+        "--out",
+        out,
+        "--size",
+        16,
+        "--workers",
+        0,
+        *more,
+    ]
+    return [str(flag) for flag in flags]
+
+
+def start(*arguments, processes=1):
+    """encode.py in a process group of its own, by torchrun where there are several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [sys.executable, *(launcher if processes > 1 else []), encode.__file__, *flags(*arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def end(script):
+    """Exit code, output, errors of a script, once it is through."""
+    output, errors = script.communicate(timeout=120)
+    return script.returncode, output, errors
+
+
+@pytest.fixture
+def encode_here(monkeypatch, capsys):
+    """encode.py's main() in this process: returns what it printed."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["encode.py", *flags(*arguments)])
+        encode.main()
+        return capsys.readouterr().out
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def content(folder):
+    return {name: (folder / name).read_bytes() for name in ("codes.bin", "labels.bin", "manifest.json")}
+
+
+def test_codes_are_the_tokenizers_and_two_processes_make_the_same_files(tokenizer_file, pictures, tmp_path):
+    scripts = [
+        start(tokenizer_file, pictures, tmp_path / "one", "--batch", 16),
+        start(tokenizer_file, pictures, tmp_path / "two", "--batch", 16, "--workers", 1, processes=2),
+    ]
+    (code, output, errors), two = (end(script) for script in scripts)
+    assert code == 0 and two[0] == 0, (errors, two)
+    assert "101 pictures, 101 images" in output and "unreadable pictures: 1" in output
+    assert "b/099.png" in errors
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+    codes = data.open_codes(tmp_path / "one")
+    assert len(codes) == 100 and codes.classes == ["a", "b"] and codes.grid == (8, 8)
+    tokenizer = load_tokenizer(tokenizer_file, ema=True)
+    dataset = data.open_pictures(pictures, 16, train=False)
+    assert 99 not in codes.rows and dataset.name(99) == "b/099.png"
+    for row in (0, 57, 100):
+        image, label, _, _ = dataset[0, row]
+        expected = tokenizer.encode(data.to_float(image[None])).flatten()
+        place = codes.rows.tolist().index(row)
+        found, found_label = codes.batch([(0, place)], seed=0)
+        assert torch.equal(found[0], expected) and found_label.tolist() == [label]
+    share = len(np.unique(codes.codes[codes.rows])) / 2**8
+    assert f"codes used {share:.2%}" in output
+
+    kept = checkpoint.read_weights(tmp_path / "one" / "tokenizer.pt")
+    assert kept["kind"] == "tokenizer" and "tokenizer_ema" not in kept
+    again = load_tokenizer(tmp_path / "one" / "tokenizer.pt")
+    assert again.config == CONFIG
+    for name, value in tokenizer.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
+def test_a_complete_cache_is_left_alone(tokenizer_file, pictures, tmp_path, encode_here):
+    encode_here(tokenizer_file, pictures, tmp_path)
+    before = content(tmp_path)
+    assert "already complete: 101 pictures" in encode_here(tokenizer_file, pictures, tmp_path)
+    for changed, name in [
+        ("--raw", "tokenizer_hash"),
+        ("--crops=2", "crops"),
+        ("--precision=bf16", "precision"),
+    ]:
+        with pytest.raises(UserError, match=f"made with .*{name}"):
+            encode_here(tokenizer_file, pictures, tmp_path, changed)
+    os.rename(pictures / "a" / "000.png", pictures / "a" / "0000.png")
+    try:
+        with pytest.raises(UserError, match="picture_names_hash"):
+            encode_here(tokenizer_file, pictures, tmp_path)
+    finally:
+        os.rename(pictures / "a" / "0000.png", pictures / "a" / "000.png")
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("batch", [2, 7])  # fewer than the crops of a picture; more, and no multiple of them
+def test_random_crops(tokenizer_file, tmp_path, encode_here, batch):
+    pictures, out = make_pictures(tmp_path / "pictures", 9), tmp_path / "out"
+    output = encode_here(tokenizer_file, pictures, out, "--crops", 3, "--batch", batch, "--seed", 5, "--raw")
+    assert "9 pictures, 27 images" in output
+    codes = data.open_codes(out)
+    tokenizer = load_tokenizer(tokenizer_file, ema=False)
+    dataset = data.open_pictures(pictures, 16, train=True, seed=5)
+    for crop in range(3):
+        expected = tokenizer.encode(data.to_float(dataset[crop, 7][0][None])).flatten()
+        assert codes.codes[7, crop].tolist() == expected.tolist()
+    assert not (codes.codes[codes.rows, 0] == codes.codes[codes.rows, 1]).all()
+
+
+def test_stopped_anywhere_the_same_command_goes_on(tokenizer_file, tmp_path, encode_here):
+    source = "glyphs:200:ABC"
+    encode_here(tokenizer_file, source, tmp_path / "whole")
+    stops = {signal.SIGTERM: tmp_path / "asked", signal.SIGKILL: tmp_path / "killed"}
+    for number, folder in stops.items():
+        script = start(tokenizer_file, source, folder, "--batch", 2, "--workers", 1)
+        deadline = time.monotonic() + 60
+        while not (
+            (folder / "manifest.json").exists()
+            and (np.fromfile(folder / "labels.bin", np.int32) >= 0).sum() >= 10
+        ):
+            assert time.monotonic() < deadline and script.poll() is None, end(script)
+            time.sleep(0.005)
+        os.killpg(script.pid, number)  # a batch system's signal goes to the loader's worker too
+        code, output, errors = end(script)
+        done = (np.fromfile(folder / "labels.bin", np.int32) >= 0).sum()
+        assert 10 <= done < 200, "it was not stopped midway"
+        if number == signal.SIGTERM:
+            assert code == 0 and errors == "" and f"stopped after {done} of 200" in output
+        assert f"{200 - done} of 200 pictures to do" in encode_here(tokenizer_file, source, folder)
+        assert content(folder) == content(tmp_path / "whole")
+
+
+def test_a_wrong_path_is_one_line_and_exit_code_2(tokenizer_file, tmp_path):
+    code, _, errors = end(start(tokenizer_file, tmp_path / "none", tmp_path / "out"))
+    assert code == 2 and errors.count("\n") == 1 and "there is no picture folder" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(tokenizer_file, pictures, tmp_path, encode_here):
+    for source, flag, words in [
+        (pictures, "--tokenizer=none.pt", "there is no file or folder none.pt"),
+        (pictures, "--size=17", "--size 17 is not a multiple of 2"),
+        (pictures, "--batch=0", "--batch must be at least 1"),
+        ("glyphs:9", "--crops=2", "leave --crops out"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            encode_here(tokenizer_file, source, tmp_path / "out", flag)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_many_unreadable_pictures_stop_it(tokenizer_file, tmp_path, encode_here):
+    for i in range(6):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
+    (tmp_path / "4.png").write_bytes(b"")
+    with pytest.raises(UserError, match="more than 1% of the 6 pictures"):
+        encode_here(tokenizer_file, tmp_path, tmp_path / "out", "--unlabelled")
+    Image.new("RGB", (16, 16)).save(tmp_path / "4.png")  # repaired: it is tried again
+    assert "unreadable pictures: none" in encode_here(
+        tokenizer_file, tmp_path, tmp_path / "out", "--unlabelled"
+    )
+    assert data.open_codes(tmp_path / "out").labels.tolist() == [0] * 6
