@@ -374,9 +374,8 @@ def draw(logits, uniforms):
     likelihood = logits.double().softmax(-1)
     # Out are entries of probability 0: a GPU's parallel sums may step up there by rounding.
     cumulative = likelihood.cumsum(-1).masked_fill(likelihood == 0, 0)
-    total = cumulative.amax(-1, keepdim=True)
-    # Rounding may bring u * total up to total, past every entry: then it is the one that reaches the total.
-    passes = (cumulative > uniforms[:, None] * total) | (cumulative == total)
+    # Rounding may leave the total below u: then it is the entry that reaches the total.
+    passes = (cumulative > uniforms[:, None]) | (cumulative == cumulative.amax(-1, keepdim=True))
     return passes.int().argmax(-1)  # the first
 
 

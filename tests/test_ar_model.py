@@ -421,14 +421,13 @@ def test_draw_against_a_direct_search():
     expected = [numpy_draw(row, u.item(), 1.0, 0, 1.0) for row, u in zip(logits, uniforms)]
     assert ar_model.draw(logits, uniforms).tolist() == expected
     assert len(set(expected)) > 30
-    # A flat distribution over the post vocabulary: sums in float32 would miss some of these.
-    logits = torch.randn(2000, 4096, generator=generator) * 0.1
-    uniforms = torch.rand(2000, dtype=torch.float64, generator=generator)
+    # Just below and just above the place where one entry ends, in a vocabulary of the post size: float32 would
+    # not tell them apart.
+    logits = torch.randn(100, 4096, generator=generator) * 0.1
     cumulative = np.exp(logits.double().numpy()).cumsum(1)
-    expected = [
-        np.searchsorted(row, u * row[-1], side="right") for row, u in zip(cumulative, uniforms.numpy())
-    ]
-    assert ar_model.draw(logits, uniforms).tolist() == expected
+    for step, answer in ((-1e-12, 3000), (1e-12, 3001)):
+        uniforms = torch.from_numpy(cumulative[:, 3000] / cumulative[:, -1] + step)
+        assert ar_model.draw(logits, uniforms).tolist() == [answer] * 100
 
 
 def test_draw_survives_sums_that_step_back(monkeypatch):
