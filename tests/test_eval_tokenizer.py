@@ -1,0 +1,218 @@
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from golden_files import fill, load
+from PIL import Image
+from scripts import fails_with_one_line, run
+
+import data
+import eval_tokenizer
+import fid
+from losses import LPIPS
+from runtime import UserError
+from tokenizer import Tokenizer, TokenizerConfig
+
+CONFIG = TokenizerConfig(32, (1, 2), 1, bits=10)
+STATISTICS = "scaling_layer.shift", "scaling_layer.scale"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Six 40x32 pictures of unequal noise, a tokenizer with an average that differs, the metrics' weights."""
+    folder = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for number in range(6):
+        noise = rng.normal(128, 12 * number, (32, 40, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noise).save(pictures / f"{number}.png")
+    raw, average = fill(Tokenizer(CONFIG)), fill(Tokenizer(CONFIG), "average.")
+    state = {"kind": "tokenizer", "config": vars(CONFIG), "tokenizer": raw.state_dict()}
+    torch.save(state | {"tokenizer_ema": average.state_dict()}, folder / "tokenizer.pt")
+    inception = fill(fid.InceptionV3())
+    inception.load_state_dict(inception.state_dict() | load("inception_bn"))
+    torch.save(inception.state_dict(), folder / "inception.pth")
+    lpips = {network: fill(LPIPS(network), f"{network}.", keep=STATISTICS) for network in ("vgg", "alex")}
+    for network, module in lpips.items():
+        torch.save(module.state_dict(), folder / f"{network}.pt")
+    return SimpleNamespace(
+        folder=folder, raw=raw.eval(), average=average.eval(), inception=inception, lpips=lpips
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the scripts' processes: with more, some convolutions add in another order, and a code may tip over."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def evaluate(files, tmp_path, monkeypatch):
+    """Run the script in this process, offline, on the six pictures at size 32; returns what it wrote."""
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    def call(*flags):
+        arguments = [files.folder / "tokenizer.pt", files.folder / "pictures", "--size", 32, "--workers", 0]
+        arguments += ["--batch", 3, "--out", tmp_path / "out", *flags]
+        monkeypatch.setattr(sys, "argv", ["eval_tokenizer.py", *map(str, arguments)])
+        eval_tokenizer.main()
+        return json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    return call
+
+
+def centre_crops(files):
+    """(6, 3, 32, 32) uint8: the pictures are 40x32, so only the crop is left to do."""
+    paths = sorted((files.folder / "pictures").iterdir())
+    crops = [np.asarray(Image.open(path))[:, 4:36] for path in paths]
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+
+
+@torch.no_grad()
+def rebuilt(tokenizer, images):
+    """Float, clamped reconstructions and the indices. By threes, as the script is told below: in batches of other
+    sizes the last bit may differ, and with it the level that a value is truncated to."""
+    parts = [tokenizer(batch / 127.5 - 1)[:2] for batch in images.split(3)]
+    return torch.cat([y for y, _ in parts]).clamp(-1, 1), torch.cat([indices for _, indices in parts])
+
+
+def errors(images, y_uint8):
+    """Mean squared error of each picture on [0, 1]."""
+    return ((images.double() - y_uint8.double()) / 255).square().mean((1, 2, 3)).numpy()
+
+
+def test_published_psnr_golden(monkeypatch):
+    golden = load("metrics")
+    monkeypatch.setattr(eval_tokenizer, "PUBLISHED_BATCH", 6)
+    ours = eval_tokenizer.published_psnr(golden["psnr_per_image"])
+    assert ours.tolist() == pytest.approx([golden["psnr_whole_batch"].item()], abs=2e-6)
+
+
+def test_published_psnr_is_of_fours():
+    psnr = torch.tensor([10.0, 20, 30, 40, 50, 60], dtype=torch.float64)
+    expected = [-10 * math.log10((0.1 + 0.01 + 0.001 + 0.0001) / 4), -10 * math.log10((1e-5 + 1e-6) / 2)]
+    assert eval_tokenizer.published_psnr(psnr).tolist() == pytest.approx(expected, rel=1e-12)
+    assert eval_tokenizer.published_psnr(torch.tensor([math.inf] * 4)).tolist() == [math.inf]
+
+
+def test_infinite_values_are_counted_not_averaged():
+    assert eval_tokenizer.finite_mean(torch.tensor([1.0, math.inf, 3.0])) == (2, 1)
+    assert eval_tokenizer.finite_mean(torch.tensor([math.inf] * 2)) == (math.inf, 2)
+
+
+def test_every_number_on_two_processes(files, tmp_path):
+    flags = ["--size", 32, "--batch", 3, "--workers", 0, "--inception", files.folder / "inception.pth"]
+    flags += [
+        "--lpips-vgg",
+        files.folder / "vgg.pt",
+        "--lpips-alex",
+        files.folder / "alex.pt",
+        "--out",
+        tmp_path,
+    ]
+    words = run(
+        "eval_tokenizer.py", files.folder / "tokenizer.pt", files.folder / "pictures", *flags, processes=2
+    ).stdout
+    found = json.loads((tmp_path / "metrics.json").read_text())
+
+    images = centre_crops(files)
+    y, indices = rebuilt(files.average, images)
+    y_uint8 = (255 * (y + 1) / 2).to(torch.uint8)  # truncated
+    error = errors(images, y_uint8)
+    fours = [-10 * math.log10(error[:4].mean()), -10 * math.log10(error[4:].mean())]
+    assert found["PSNR"] == pytest.approx((-10 * np.log10(error)).mean(), rel=1e-6)
+    assert found["PSNR published"] == pytest.approx(np.mean(fours), rel=1e-6)
+    assert found["SSIM"] == pytest.approx(fid.ssim(images, y_uint8).mean().item(), rel=1e-6)
+    x = images / 127.5 - 1
+    for name, network in (("LPIPS VGG", "vgg"), ("LPIPS AlexNet", "alex")):
+        assert found[name] == pytest.approx(files.lpips[network](x, y).mean().item(), rel=1e-5)
+    features = [files.inception((z + 1) / 2, "half-pixel")[0].double() for z in (x, y)]
+    moments = [part for points in features for part in (points.mean(0), torch.cov(points.T))]
+    assert found["rFID"] == pytest.approx(fid.frechet_distance(*moments), rel=1e-5)
+    used = len(indices.unique())
+    assert 1 < used < 2**10 and found["codebook use"] == used / 2**10
+    assert found["bits per pixel"] == 10 / 4
+    assert found["pictures"] == 6
+
+    for text in (
+        "truncated",
+        "half-pixel",
+        "NOT the published file",
+        "cpu x 2",
+        f"{used} of 1024 codes",
+        "biased",
+    ):
+        assert text in words
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "reconstructions.png"))).permute(2, 0, 1)
+    # The main process's first batch of three: originals above, reconstructions below, two pixels between.
+    assert torch.equal(sheet[:, :32, 34:66], images[1])
+    assert torch.equal(sheet[:, 34:, 34:66], y_uint8[1])
+
+
+def test_without_networks_the_rest_is_measured(evaluate, files, tmp_path, capsys):
+    found = evaluate()
+    error = errors(
+        centre_crops(files), (255 * (rebuilt(files.average, centre_crops(files))[0] + 1) / 2).byte()
+    )
+    assert found["PSNR"] == pytest.approx((-10 * np.log10(error)).mean(), rel=1e-6)
+    printed = capsys.readouterr().out
+    for name, file in [
+        ("rFID", fid.INCEPTION_FILE),
+        ("LPIPS VGG", "vgg16-397923af.pth"),
+        ("LPIPS AlexNet", "alexnet-owt-7be5be79.pth"),
+    ]:
+        assert found[name].startswith("not computed (could not download") and file in found[name]
+        assert f"{name:<15} not computed" in printed
+
+
+def test_raw_and_rounding(evaluate, files):
+    images = centre_crops(files)
+    levels = 255 * (rebuilt(files.raw, images)[0] + 1) / 2
+    for flags, y_uint8 in ([], levels.byte()), (["--rounding"], levels.round().byte()):
+        error = errors(images, y_uint8)
+        assert evaluate("--raw", *flags)["PSNR"] == pytest.approx((-10 * np.log10(error)).mean(), rel=1e-6)
+
+
+def test_pictures_given_back_exactly(files):
+    class Copy(torch.nn.Module):
+        config, factor = CONFIG, 2
+
+        def forward(self, images):
+            return images, torch.zeros(len(images), 16, 16, dtype=torch.int64), {}
+
+    args = SimpleNamespace(batch=4, workers=0, precision="fp32", rounding=True)
+    rt = eval_tokenizer.runtime.Runtime(torch.device("cpu"))
+    pictures = data.open_pictures(files.folder / "pictures", 32, train=False, labelled=False)
+    numbers, notes, _ = eval_tokenizer.measure(rt, args, Copy(), pictures, None, {})
+    assert numbers["PSNR"] == numbers["PSNR published"] == math.inf
+    assert "6 are infinite" in notes["PSNR"] and "2 are infinite" in notes["PSNR published"]
+    assert numbers["codebook use"] == 1 / 2**10
+
+
+def test_what_the_user_gets_wrong(evaluate, files, tmp_path):
+    tokenizer = str(files.folder / "tokenizer.pt")
+    for flags, words in [
+        (["--size", "33"], "not a multiple of 2"),
+        (["--inception", tokenizer], "does not hold the Inception network"),
+        (["--inception", "absent.pth"], "no file absent.pth"),
+        (["--lpips-vgg", str(files.folder / "alex.pt")], "LPIPS weights"),
+        (["--lpips-alex", "absent.pt"], "no file absent.pt"),
+        (["--precision", "fp8"], "unknown precision"),
+    ]:
+        with pytest.raises(UserError, match=words) as error:
+            evaluate(*flags)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()  # nothing half-written
+    assert "no picture folder" in fails_with_one_line("eval_tokenizer.py", tokenizer, tmp_path / "absent")
