@@ -49,7 +49,7 @@ class TokenizerConfig:
 
 # 128_L and 256_L are the paper's. tiny is ours, for tests and first runs on a CPU.
 TOKENIZER_SIZES = {
-    "tiny": TokenizerConfig(32, (1, 2, 2), 1),
+    "tiny": TokenizerConfig(32, (1, 2, 2, 2), 1),
     "128_L": TokenizerConfig(128, (1, 2, 2, 4), 4),
     "256_L": TokenizerConfig(128, (1, 1, 2, 2, 4), 4),
 }

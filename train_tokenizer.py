@@ -32,13 +32,13 @@ _PAPER |= {"lpips": "published", "gan_weight": 0.1, "entropy_weight": 0.1}
 PRESETS = {
     "tiny": {
         "size": 32,
-        "global_batch": 32,
-        "micro_batch": 32,
-        "lr": 1e-3,
+        "global_batch": 16,
+        "micro_batch": 16,
+        "lr": 7e-4,
         "ema": 0.98,
-        "steps": 800,
+        "steps": 1000,
         "epochs": 0,
-        "lr_drops": [],
+        "lr_drops": [1.2],
         "lpips": "none",
         "gan_weight": 0.0,
         "lecam_weight": 0.0,
