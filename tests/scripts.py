@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +28,7 @@ def run(script, *flags, processes=1, code=0):
     """Run to the end; checks the exit code; returns the completed process with its text."""
     done = subprocess.run(
         command(script, *flags, processes=processes),
+        check=False,
         capture_output=True,
         text=True,
         env=environment(),
@@ -60,3 +64,30 @@ def log_lines(folder, *without):
     without = {"images_per_second", "memory_gib", *without}
     lines = (Path(folder) / "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
+
+
+def wait_for(path, process):
+    """Until a file that the process should write is there."""
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never came")
+
+
+def assert_equal(a, b, path=""):
+    """Bit for bit, through all containers."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b)):
+            assert_equal(*pair, f"{path}.{i}")
+    else:
+        assert a == b, path

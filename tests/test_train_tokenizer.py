@@ -1,11 +1,10 @@
 import os
 import signal
-import time
 
 import pytest
 import torch
 from golden_files import fill
-from scripts import fails_with_one_line, log_lines, run, start
+from scripts import assert_equal, fails_with_one_line, log_lines, run, start, wait_for
 
 from checkpoint import read_weights
 from losses import LPIPS
@@ -27,23 +26,6 @@ def whole(tmp_path_factory):
 
 def final(out):
     return read_weights(out / "step_00000008.pt")
-
-
-def assert_equal(a, b, path=""):
-    """Bit for bit, through all containers."""
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_equal(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, pair in enumerate(zip(a, b)):
-            assert_equal(*pair, f"{path}.{i}")
-    else:
-        assert a == b, path
 
 
 def without_folder(state):
@@ -70,15 +52,6 @@ def test_what_a_run_leaves(whole):
     averaged, raw = load_tokenizer(whole), load_tokenizer(whole, ema=False)
     assert torch.equal(averaged.encoder.conv_out.weight, state["tokenizer_ema"]["encoder.conv_out.weight"])
     assert not torch.equal(averaged.encoder.conv_out.weight, raw.encoder.conv_out.weight)
-
-
-def wait_for(path, process):
-    for _ in range(1200):
-        if path.exists():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    raise AssertionError(f"{path} never came")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)])
