@@ -66,7 +66,7 @@ class ARConfig:
 
 # B, L and XL are the paper's. tiny is ours, for tests and first runs on a CPU.
 AR_SIZES = {
-    "tiny": ARConfig(width=128, heads=4, spatial_layers=4, intra_layers=1, grid=8),
+    "tiny": ARConfig(width=192, heads=4, spatial_layers=4, intra_layers=1, grid=4),
     "B": ARConfig(width=1024, heads=16, spatial_layers=24, intra_layers=2),
     "L": ARConfig(width=1280, heads=20, spatial_layers=36, intra_layers=3),
     "XL": ARConfig(width=1536, heads=24, spatial_layers=48, intra_layers=4),
