@@ -67,6 +67,15 @@ def test_golden_resize_and_centre_crop(tmp_path):
         assert image.is_contiguous() and (label, index, ok) == (0, i, True)
 
 
+@pytest.mark.parametrize("extra, offset", [(1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (7, 4)])
+def test_the_centre_is_rounded_to_even(extra, offset):
+    places = np.arange(16 + extra, dtype=np.uint8)
+    for axis in (0, 1):
+        levels = np.broadcast_to(np.expand_dims(places, 1 - axis), (16, 16 + extra)[:: 1 if axis else -1])
+        picture = Image.fromarray(np.ascontiguousarray(np.repeat(levels[..., None], 3, 2)))
+        assert data.resize_and_crop(picture, 16).getpixel((0, 0)) == (offset,) * 3
+
+
 def test_training_crops_reach_every_offset_and_belong_to_seed_epoch_and_index(tmp_path):
     columns = np.arange(18, dtype=np.uint8)
     picture = np.broadcast_to(columns[None, :, None], (16, 18, 3))  # each pixel's value is its column
@@ -91,7 +100,8 @@ def test_levels():
     floats = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])  # 0 is level 127.5, 0.999 is 254.87
     assert data.to_uint8(floats).tolist() == [0, 0, 127, 254, 255, 255]
     assert data.to_uint8(floats, rounding=True).tolist() == [0, 0, 128, 255, 255, 255]
-    assert data.to_uint8(torch.tensor([0.499], dtype=torch.bfloat16)).tolist() == [191]  # bf16 0.5: 191.25
+    # 128.99, which arithmetic in bfloat16 would make 129.
+    assert data.to_uint8(torch.tensor([0.01171875], dtype=torch.bfloat16)).tolist() == [128]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -184,12 +194,17 @@ def test_odd_pictures_are_read_as_what_they_show(tmp_path, recwarn):
 
 def test_a_crop_of_a_very_long_picture_is_the_crop_of_its_whole_enlargement(monkeypatch):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 500, 3), dtype=np.uint8))
+    resize, asked = Image.Image.resize, []
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a, **o: asked.append(size) or resize(self, size, *a, **o)
+    )
     for rng in (lambda: None, lambda: np.random.default_rng(5)):
         whole = np.array(data.resize_and_crop(picture, 24, rng()), int)
         with monkeypatch.context() as patch:
             patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
             piece = np.array(data.resize_and_crop(picture, 24, rng()), int)
         assert np.abs(whole - piece).max() <= 1 and whole.std() > 20
+        assert asked[-2:] == [(4000, 24), (24, 24)]
 
 
 def test_orientation_in_exif_is_not_applied(tmp_path):
@@ -397,6 +412,15 @@ def test_glyphs_are_legible(size):
     assert 0.25 < np.mean(sides) < 0.75  # light on dark and dark on light
     assert 0.55 < min(heights) and max(heights) < 0.98 and 0.65 < np.mean(heights) < 0.85
     assert np.mean(share_between) < 0.2  # only the letter's smooth edge is between
+
+
+def test_wide_letters_lie_inside_the_picture():
+    dataset = data.open_pictures("glyphs:60:MW", 64, train=True)
+    for i in range(60):
+        image = dataset[0, i][0].double() / 255
+        light = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2] > 0.475
+        border = torch.cat([light[0], light[-1], light[:, 0], light[:, -1]])
+        assert border.all() or not border.any(), i
 
 
 def test_a_glyph_looks_the_same_at_another_size():
