@@ -208,7 +208,9 @@ def resize_and_crop(picture, size, rng=None):
     # A line 20,000 pixels long and 1 high would take gigabytes when enlarged: make only the crop. (The same
     # up to rounding, hence not for all.)
     across, down = picture.width / width, picture.height / height
-    box = (left * across, top * down, (left + size) * across, (top + size) * down)
+    # min: (left + size) * across may end a rounding error past the edge, which Pillow refuses
+    right, bottom = min((left + size) * across, picture.width), min((top + size) * down, picture.height)
+    box = (left * across, top * down, right, bottom)
     return picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 

@@ -160,7 +160,7 @@ def test_config():
         assert ARConfig(**json.loads(json.dumps(dataclasses.asdict(size)))) == size
     faults = {
         "width": 100,
-        "heads": 3,
+        "heads": 5,
         "spatial_layers": 0,
         "factorized_bits": (18,),
         "grid": 0,

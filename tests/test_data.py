@@ -420,7 +420,8 @@ def test_wide_letters_lie_inside_the_picture():
         image = dataset[0, i][0].double() / 255
         light = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2] > 0.475
         border = torch.cat([light[0], light[-1], light[:, 0], light[:, -1]])
-        assert border.all() or not border.any(), i
+        outside = min(border.sum().item(), (~border).sum().item())
+        assert outside <= 2, i  # a corner may touch the edge; legs that leave the picture take 6 to 30 pixels
 
 
 def test_a_glyph_looks_the_same_at_another_size():
