@@ -32,7 +32,7 @@ PRESETS = {
         "micro_batch": 64,
         "lr": 1.5e-3,
         "epochs": 0,
-        "steps": 420,
+        "steps": 470,
         "warmup_epochs": 0.5,
         "dropout": 0.1,
     },

@@ -36,7 +36,7 @@ PRESETS = {
         "micro_batch": 16,
         "lr": 7e-4,
         "ema": 0.98,
-        "steps": 650,
+        "steps": 550,
         "epochs": 0,
         "lr_drops": [],
         "lpips": "none",
