@@ -1,8 +1,8 @@
 """Stage I, measured: how well a tokenizer (Open-MAGVIT2, arXiv 2409.04410) gives pictures back.
 
-    python eval_tokenizer.py 256_L imagenet/val --size 256                              # the paper's rFID 1.17 row
-    torchrun --nproc_per_node=8 eval_tokenizer.py 128_L imagenet/val --size 256         # rFID 0.34, 32x32 tokens
-    python eval_tokenizer.py runs/tokenizer glyphs:2000 --size 32                       # own run, built-in pictures
+    python eval_tokenizer.py --tokenizer 256_L --data imagenet/val --size 256                    # the paper's rFID 1.17
+    torchrun --nproc_per_node=8 eval_tokenizer.py --tokenizer 128_L --data imagenet/val --size 256        # rFID 0.34
+    python eval_tokenizer.py --tokenizer runs/tokenizer --data glyphs:2000 --size 32       # own run, built-in pictures
 
 Every picture is resized and centre-cropped to --size, encoded and decoded. Out come, with the protocol behind them:
 rFID, PSNR (per picture, and as published), SSIM, LPIPS with VGG and with AlexNet, the share of the 2^K codes that
@@ -15,17 +15,8 @@ import torch
 
 import data
 import runtime
-from fid import (
-    Moments,
-    exact_float32,
-    frechet_distance,
-    gather_rows,
-    load_inception,
-    progress,
-    psnr,
-    ssim,
-    weights_in_words,
-)
+from fid import Moments, frechet_distance, gather_rows, progress, psnr, ssim
+from inception import exact_float32, load_inception, weights_in_words
 from losses import load_lpips
 from runtime import UserError
 from tokenizer import load_tokenizer
@@ -38,12 +29,12 @@ PUBLISHED_BATCH = 4  # the published PSNR is taken over mini-batches of so many 
 def parse(argv=None):
     arguments = runtime.parser(
         "Stage I: measure a tokenizer's reconstructions.",
-        "  python eval_tokenizer.py 256_L imagenet/val --size 256\n"
-        "  torchrun --nproc_per_node=8 eval_tokenizer.py runs/tokenizer imagenet/val --out runs/tokenizer/eval",
+        "  python eval_tokenizer.py --tokenizer 256_L --data imagenet/val --size 256\n"
+        "  torchrun --nproc_per_node=8 eval_tokenizer.py --tokenizer runs/256_L --data imagenet/val --out runs/256_L/eval",
     )
-    arguments.add_argument("tokenizer", help="256_L, 128_L, a released or own file, or a run's folder")
-    arguments.add_argument("pictures", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
     add = arguments.add_argument_group("protocol").add_argument
+    add("--tokenizer", required=True, help="256_L, 128_L, a released or own file, or a run's folder")
+    add("--data", default="glyphs:5000", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
     add(
         "--size",
         type=int,
@@ -161,7 +152,7 @@ def main():
     args = parse()
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
-    pictures = data.open_pictures(args.pictures, args.size, train=False, labelled=False)
+    pictures = data.open_pictures(args.data, args.size, train=False, labelled=False)
     tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw).to(rt.device)
     if args.size % tokenizer.factor:
         raise UserError(
@@ -183,7 +174,7 @@ def main():
     numbers, notes, shown = measured
     protocol = {
         "tokenizer": f"{args.tokenizer}, {'training weights' if args.raw else 'moving average where there is one'}",
-        "pictures": f"{args.pictures}, short side resized to {args.size}, centre crop {args.size}x{args.size}",
+        "pictures": f"{args.data}, short side resized to {args.size}, centre crop {args.size}x{args.size}",
         "rFID": "float originals, float reconstructions clamped; convention half-pixel (as pytorch-fid)",
         "inception": weights_in_words(sha256) if inception else "none",
         "PSNR, SSIM": f"uint8, {'rounded' if args.rounding else 'truncated'}, data range 1",

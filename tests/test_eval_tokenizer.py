@@ -13,6 +13,7 @@ from scripts import fails_with_one_line, run
 import data
 import eval_tokenizer
 import fid
+from inception import INCEPTION_FILE, InceptionV3
 from losses import LPIPS
 from runtime import UserError
 from tokenizer import Tokenizer, TokenizerConfig
@@ -34,7 +35,7 @@ def files(tmp_path_factory):
     raw, average = fill(Tokenizer(CONFIG)), fill(Tokenizer(CONFIG), "average.")
     state = {"kind": "tokenizer", "config": vars(CONFIG), "tokenizer": raw.state_dict()}
     torch.save(state | {"tokenizer_ema": average.state_dict()}, folder / "tokenizer.pt")
-    inception = fill(fid.InceptionV3())
+    inception = fill(InceptionV3())
     inception.load_state_dict(inception.state_dict() | load("inception_bn"))
     torch.save(inception.state_dict(), folder / "inception.pth")
     lpips = {network: fill(LPIPS(network), f"{network}.", keep=STATISTICS) for network in ("vgg", "alex")}
@@ -54,6 +55,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def named(files):
+    return ["--tokenizer", files.folder / "tokenizer.pt", "--data", files.folder / "pictures"]
+
+
 @pytest.fixture
 def evaluate(files, tmp_path, monkeypatch):
     """Run the script in this process, offline, on the six pictures at size 32; returns what it wrote."""
@@ -62,7 +67,7 @@ def evaluate(files, tmp_path, monkeypatch):
         raise OSError("no network")
 
     def call(*flags):
-        arguments = [files.folder / "tokenizer.pt", files.folder / "pictures", "--size", 32, "--workers", 0]
+        arguments = [*named(files), "--size", 32, "--workers", 0]
         arguments += ["--batch", 3, "--out", tmp_path / "out", *flags]
         monkeypatch.setattr(sys, "argv", ["eval_tokenizer.py", *map(str, arguments)])
         eval_tokenizer.main()
@@ -122,9 +127,7 @@ def test_every_number_on_two_processes(files, tmp_path):
         "--out",
         tmp_path,
     ]
-    words = run(
-        "eval_tokenizer.py", files.folder / "tokenizer.pt", files.folder / "pictures", *flags, processes=2
-    ).stdout
+    words = run("eval_tokenizer.py", *named(files), *flags, processes=2).stdout
     found = json.loads((tmp_path / "metrics.json").read_text())
 
     images = centre_crops(files)
@@ -169,7 +172,7 @@ def test_without_networks_the_rest_is_measured(evaluate, files, tmp_path, capsys
     assert found["PSNR"] == pytest.approx((-10 * np.log10(error)).mean(), rel=1e-6)
     printed = capsys.readouterr().out
     for name, file in [
-        ("rFID", fid.INCEPTION_FILE),
+        ("rFID", INCEPTION_FILE),
         ("LPIPS VGG", "vgg16-397923af.pth"),
         ("LPIPS AlexNet", "alexnet-owt-7be5be79.pth"),
     ]:
@@ -215,4 +218,5 @@ def test_what_the_user_gets_wrong(evaluate, files, tmp_path):
             evaluate(*flags)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()  # nothing half-written
-    assert "no picture folder" in fails_with_one_line("eval_tokenizer.py", tokenizer, tmp_path / "absent")
+    absent = ["--tokenizer", tokenizer, "--data", tmp_path / "absent"]
+    assert "no picture folder" in fails_with_one_line("eval_tokenizer.py", *absent)

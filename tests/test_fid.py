@@ -10,6 +10,7 @@ from scripts import fails_with_one_line, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fid
+from inception import INCEPTION_ADDRESS, INCEPTION_FILE, load_inception, network_input, weights_in_words
 from runtime import Runtime, UserError
 
 ALONE = Runtime(torch.device("cpu"))
@@ -44,7 +45,7 @@ def moments(points):
 
 def test_entries_are_the_released_ones(inception):
     ours = {name: (tuple(value.shape), value.dtype) for name, value in inception.state_dict().items()}
-    assert ours == checkpoint_keys(fid.INCEPTION_FILE)
+    assert ours == checkpoint_keys(INCEPTION_FILE)
 
 
 def test_golden_features(inception, golden):
@@ -81,9 +82,9 @@ def test_both_conventions_sample_where_they_say(shape):
     image = np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
     batch = torch.from_numpy(image)[None]
     tf1 = (sampled(image.astype(float), 299, 0) - 128) / 128
-    assert np.abs(fid.network_input(batch, "tf1")[0].numpy() - tf1).max() < 1e-3
+    assert np.abs(network_input(batch, "tf1")[0].numpy() - tf1).max() < 1e-3
     half_pixel = 2 * sampled(image / 255, 299, 0.5) - 1
-    assert np.abs(fid.network_input(batch, "half-pixel")[0].numpy() - half_pixel).max() < 1e-3
+    assert np.abs(network_input(batch, "half-pixel")[0].numpy() - half_pixel).max() < 1e-3
 
 
 def test_input_of_another_kind_is_refused(inception):
@@ -122,7 +123,7 @@ def test_weights_of_another_network_are_refused(inception, tmp_path):
     ]:
         torch.save(wrong, path)
         with pytest.raises(UserError, match=words):
-            fid.load_inception(path)
+            load_inception(path)
 
 
 def test_weights_offline_and_absent(tmp_path, monkeypatch):
@@ -132,9 +133,9 @@ def test_weights_offline_and_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(UserError) as error:
-        fid.load_inception()
-    assert fid.INCEPTION_ADDRESS in str(error.value)
-    assert str(tmp_path / "checkpoints" / fid.INCEPTION_FILE) in str(error.value)
+        load_inception()
+    assert INCEPTION_ADDRESS in str(error.value)
+    assert str(tmp_path / "checkpoints" / INCEPTION_FILE) in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -463,8 +464,8 @@ def test_statistics_of_other_conventions_and_weights_are_refused(tmp_path):
 
 
 def test_only_the_published_weights_pass_for_such():
-    assert "(the published file)" in fid.weights_in_words("6726825d" + 56 * "0")
-    assert "NOT the published" in fid.weights_in_words("6726825e" + 56 * "0")
+    assert "(the published file)" in weights_in_words("6726825d" + 56 * "0")
+    assert "NOT the published" in weights_in_words("6726825e" + 56 * "0")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -487,7 +488,7 @@ def test_statistics_saved_by_three_processes(tmp_path, inception, weights, golde
     pool, spatial, _ = inception(images)
     saved = fid.PictureSet(ALONE, tmp_path / "stats.npz")
     assert (saved.convention, saved.count, saved.shape) == ("tf1", 2, (80, 72))
-    saved.check("tf1", fid.load_inception(weights)[1])
+    saved.check("tf1", load_inception(weights)[1])
     assert relative(saved.features, pool) < 1e-6
     for ours, truth in zip(
         (*saved.pool, *saved.spatial), (*moments(pool.double()), *moments(spatial.double()))
@@ -528,7 +529,7 @@ def test_adm_reference_against_an_npz_on_two_processes(tmp_path, inception, weig
     assert found["precision"] == (across <= radii[0][:, None]).any(0).double().mean().item()
     assert found["recall"] == (across <= radii[1]).any(1).double().mean().item()
 
-    sha256 = fid.load_inception(weights)[1]
+    sha256 = load_inception(weights)[1]
     for words in (
         "stored moments, 6 pictures 72x80",
         "7 pictures 72x80",
