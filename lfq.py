@@ -44,12 +44,13 @@ def merge_indices(sub_indices, factorized_bits=(6, 12)):
     return index
 
 
-def _product_table(p):
-    """Probability of every sign pattern of independent bits: p (N, k) of bit i being +1 -> (N, 2^k), any fixed order."""
-    table = p.new_ones(len(p), 1)
-    for bit in range(p.shape[1]):
-        table = torch.cat([table * (1 - p[:, bit : bit + 1]), table * p[:, bit : bit + 1]], dim=1)
-    return table
+def _pattern_table(log_p, log_q):
+    """Probability of every sign pattern of independent bits: (N, k) log-probabilities of +1 and of -1 -> (N, 2^k),
+    pattern j having bit i of j as its sign i. Sums of logarithms by matrix product: a few large operations."""
+    bits = log_p.shape[1]
+    places = torch.arange(bits, device=log_p.device)[:, None]
+    positive = (torch.arange(2**bits, device=log_p.device) >> places & 1).to(log_p.dtype)  # (k, 2^k)
+    return _exact_matmul(torch.cat([log_p, log_q], 1), torch.cat([positive, 1 - positive])).exp()
 
 
 def entropy_terms(z, temperature=0.01, eps=1e-5):
@@ -67,11 +68,12 @@ def entropy_terms(z, temperature=0.01, eps=1e-5):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         tokens, bits = z.shape
         logits = 4 * z / temperature
-        p = torch.sigmoid(logits)
-        # Binary entropy with both logarithms from the logit: exact also where p rounds to 0 or 1.
+        # Both logarithms from the logit: exact also where p rounds to 0 or 1.
         log_p, log_q = nn.functional.logsigmoid(logits), nn.functional.logsigmoid(-logits)
-        sample_entropy = -(p * log_p + torch.sigmoid(-logits) * log_q).sum(1).mean()
-        low, high = _product_table(p[:, : bits // 2]), _product_table(p[:, bits // 2 :])
+        sample_entropy = -(log_p.exp() * log_p + log_q.exp() * log_q).sum(1).mean()
+        half = bits // 2
+        low = _pattern_table(log_p[:, :half], log_q[:, :half])
+        high = _pattern_table(log_p[:, half:], log_q[:, half:])
         mean_assignment = _exact_matmul(high.T, low) / tokens  # (2^(K - K//2), 2^(K//2))
         codebook_entropy = -(mean_assignment * torch.log(mean_assignment + eps)).sum()
     return sample_entropy, codebook_entropy
