@@ -26,6 +26,11 @@ from lfq import merge_indices
 from runtime import UserError
 from tokenizer import TokenizerConfig, entries_of, tokenizer_from_entries
 
+try:
+    import fused_sampling  # Triton kernels, on GPUs only
+except ImportError:
+    fused_sampling = None
+
 
 @dataclasses.dataclass(frozen=True)
 class ARConfig:
@@ -139,6 +144,22 @@ class Attention(nn.Module):
         return self.wo(mixed.transpose(1, 2).flatten(2))  # (rows, H, N, D) -> (rows, N, d)
 
 
+class PairAttention(Attention):
+    """The intra-token blocks' attention, over sequences of two: the same function in closed form.
+
+    The first element sees itself only. The second weighs both by a softmax of (0, q.k / sqrt(D)): the score with the
+    first is 0, as its key is zeroed like the class's, and its own position is grid place 0, which turns nothing.
+    """
+
+    def forward(self, x, rotary, cache=None, start=0):
+        if cache is not None or x.shape[1] != 2:
+            return super().forward(x, rotary, cache, start)
+        query, key, value = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (rows, 2, H, D) each
+        score = (query[:, 1].float() * key[:, 1].float()).sum(-1, keepdim=True) / math.sqrt(query.shape[-1])
+        second = torch.lerp(value[:, 0].float(), value[:, 1].float(), score.sigmoid()).type_as(value)
+        return self.wo(torch.stack([value[:, 0], second], dim=1).flatten(2))
+
+
 class FeedForward(nn.Module):
     """w2(silu(w1 x) * w3 x); its width is 2/3 of 4 d, rounded up to a multiple of 256."""
 
@@ -156,11 +177,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; dropout on what attention and feed-forward add, none inside attention."""
 
-    def __init__(self, config):
+    def __init__(self, config, attention=Attention):
         super().__init__()
         self.dropout = config.dropout
         self.attention_norm = RMSNorm(config.width)
-        self.attention = Attention(config)
+        self.attention = attention(config)
         self.ffn_norm = RMSNorm(config.width)
         self.feed_forward = FeedForward(config)
 
@@ -189,7 +210,9 @@ class ARTransformer(nn.Module):
             {"embedding_table": nn.Embedding(config.num_classes + 1, config.width)}
         )
         self.spatial_blocks = nn.ModuleList(Block(config) for _ in range(config.spatial_layers))
-        self.factorized_blocks = nn.ModuleList(Block(config) for _ in range(config.intra_layers))
+        self.factorized_blocks = nn.ModuleList(
+            Block(config, PairAttention) for _ in range(config.intra_layers)
+        )
         self.norm = RMSNorm(config.width)
         self.head = nn.ModuleList(nn.Linear(config.width, size, bias=False) for size in (pre, post))
         for module in self.modules():
@@ -262,6 +285,9 @@ class ARTransformer(nn.Module):
         labels = class_labels.to(device)
         if guide:  # both branches run as one batch: the images' classes, then as many null classes
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+        if fused_sampling and fused_sampling.usable(self):
+            decoder = fused_sampling.decoder_for(self, len(seeds), guide, options, self._computes_in())
+            return decoder.generate(labels, uniforms, tokens)
         rotary, caches = self._rotary(), self._caches(len(labels), tokens)
         was_training = self.training
         self.eval()
@@ -275,13 +301,30 @@ class ARTransformer(nn.Module):
             self.train(was_training)
         return torch.stack(drawn, dim=1)
 
+    def compile_blocks(self):
+        """Compile each block for itself: one compilation serves all blocks of a kind, and state-dict entries keep
+        their names."""
+        for block in (*self.spatial_blocks, *self.factorized_blocks):
+            block.compile(dynamic=False)
+
+    def train(self, mode=True):
+        if mode and fused_sampling:
+            fused_sampling.forget(self)  # a model that trains needs the memory
+        return super().train(mode)
+
+    def _computes_in(self):
+        """The type of matrix products: autocast's, or the weights'."""
+        weight = self.norm.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+
     def _caches(self, rows, tokens):
         """Keys and values (layers, 2, rows, H, N, D) of the spatial and of the intra-token blocks (N = 2)."""
-        config, weight = self.config, self.norm.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        config, dtype = self.config, self._computes_in()
         return [
-            weight.new_empty((layers, 2, rows, config.heads, length, config.head_width), dtype=dtype)
+            self.norm.weight.new_empty(
+                (layers, 2, rows, config.heads, length, config.head_width), dtype=dtype
+            )
             for layers, length in ((config.spatial_layers, tokens), (config.intra_layers, 2))
         ]
 

@@ -12,6 +12,7 @@ from torch.nn.functional import relu, softplus
 
 from checkpoint import download, match, read_weights
 from runtime import UserError
+from tokenizer import fast_layout
 
 # ---------------------------------------------------------------------------------------------------------
 # LPIPS (arXiv 1801.03924), version 0.1
@@ -65,7 +66,7 @@ class _Slices(nn.Module):
                 else:
                     c_in, c_out, kernel, stride, padding = layer
                     cut.add_module(str(number), nn.Conv2d(c_in, c_out, kernel, stride, padding))
-                    cut.add_module(str(number + 1), nn.ReLU())
+                    cut.add_module(str(number + 1), nn.ReLU(inplace=True))
                     number += 2
             self.add_module(f"slice{i}", cut)
 
@@ -90,15 +91,12 @@ class _ScalingLayer(nn.Module):
 
 
 class _Head(nn.Module):
-    """A tap's non-negative channel weights: (B, C, h, w) -> (B, 1, h, w)."""
+    """A tap's non-negative channel weights, (1, C, 1, 1)."""
 
     def __init__(self, channels):
         super().__init__()
         # Released weights: the entry is `model.1`, behind a dropout that is off whenever LPIPS is used as a loss.
         self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
-
-    def forward(self, x):
-        return self.model(x)
 
 
 class LPIPS(nn.Module):
@@ -116,16 +114,19 @@ class LPIPS(nn.Module):
         self.widths = [layers[-1][1] for layers in _NETWORKS[network]]
         for i, width in enumerate(self.widths):
             self.add_module(f"lin{i}", _Head(width))
+        self.tap_distance = tap_distance
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
         return super().train(False)
 
+    def compile_distance(self):
+        """Compile what follows the backbone: several passes over float32 copies of all taps become one over the taps."""
+        self.tap_distance = torch.compile(tap_distance, dynamic=False)
+
     def features(self, x):
-        """The five taps of x, each of unit length over channels."""
-        taps = [_wide(tap) for tap in self.net(self.scaling_layer(x))]
-        # The published 1e-10 is added to the norm, not under the root.
-        return [tap / (tap.square().sum(1, keepdim=True).sqrt() + 1e-10) for tap in taps]
+        """The five taps of x."""
+        return self.net(fast_layout(self.scaling_layer(x)))
 
     def forward(self, x, y):
         # No gradient is ever wanted for the original's features: they cost neither memory nor a backward pass.
@@ -133,8 +134,18 @@ class LPIPS(nn.Module):
             ours = self.features(x)
         distance = 0
         for i, (a, b) in enumerate(zip(ours, self.features(y), strict=True)):
-            distance = distance + getattr(self, f"lin{i}")((a - b).square()).mean((2, 3), keepdim=True)
+            distance = distance + self.tap_distance(a, b, getattr(self, f"lin{i}").model[1].weight)
         return distance
+
+
+def tap_distance(a, b, weight):
+    """Distance of two taps (B, C, h, w), weight (1, C, 1, 1) -> (B, 1, 1, 1): unit length over channels, squared
+    difference, weighted sum over channels, mean over pixels; in float32 whatever the taps' type."""
+    a, b = _wide(a), _wide(b)
+    # The published 1e-10 is added to the norm, not under the root.
+    a = a / (a.square().sum(1, keepdim=True).sqrt() + 1e-10)
+    b = b / (b.square().sum(1, keepdim=True).sqrt() + 1e-10)
+    return ((a - b).square() * weight).sum(1, keepdim=True).mean((2, 3), keepdim=True)
 
 
 def load_lpips(network="vgg", path=None):
@@ -205,7 +216,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(layer.weight, 1, 0.02)
 
     def forward(self, x):
-        return self.main(x)
+        return self.main(fast_layout(x))
 
 
 class LeCAM(nn.Module):

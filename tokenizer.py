@@ -19,6 +19,11 @@ from checkpoint import locate, match, read_weights
 from lfq import LFQ, indices_to_codes
 from runtime import UserError
 
+try:
+    import fused_norm  # Triton kernels, on GPUs only
+except ImportError:
+    fused_norm = None
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -68,6 +73,19 @@ def group_norm(channels, affine=True):
     return nn.GroupNorm(32, channels, eps=1e-6, affine=affine)
 
 
+def norm_silu(norm, x):
+    """silu(norm(x)), and x for what goes around the norm (fused, the two gradients of x are added in one pass)."""
+    if fused_norm and fused_norm.usable(x):
+        return fused_norm.norm_silu(x, norm.weight, norm.bias)
+    return silu(norm(x)), x
+
+
+def fast_layout(x):
+    """x in channels last where the fused norms run (the GPU's convolutions want that too), otherwise in NCHW."""
+    fast = fused_norm and fused_norm.ENABLED and x.is_cuda
+    return x.contiguous(memory_format=torch.channels_last if fast else torch.contiguous_format)
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C_in, H, W) -> (B, C_out, H, W). No convolution has a bias."""
 
@@ -81,9 +99,9 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1, bias=False)
 
     def forward(self, x):
-        y = self.conv1(silu(self.norm1(x)))
-        y = self.conv2(silu(self.norm2(y)))
-        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        y, x = norm_silu(self.norm1, x)
+        y, _ = norm_silu(self.norm2, self.conv1(y))
+        return self.conv2(y) + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 def res_blocks(c_in, c_out, count):
@@ -119,11 +137,10 @@ class Upsampler(nn.Module):
         self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv1(x)
-        batch, channels, h, w = x.shape
         # Released weights: the 4 C channels are ordered (row, column, channel), not as in PixelShuffle.
-        x = x.view(batch, 2, 2, channels // 4, h, w)
-        return x.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels // 4, 2 * h, 2 * w)
+        x = self.conv1(x).unflatten(1, (2, 2, -1))  # (B, 4 C, h, w) -> (B, row, column, C, h, w)
+        x = x.permute(0, 4, 1, 5, 2, 3).flatten(3, 4).flatten(1, 2)  # -> (B, h, row, w, column, C) -> (B, 2 h, 2 w, C)
+        return fast_layout(x.movedim(-1, 1))
 
 
 class AdaptiveGroupNorm(nn.Module):
@@ -139,6 +156,8 @@ class AdaptiveGroupNorm(nn.Module):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         scale = self.gamma((z.var((2, 3), unbiased=True) + 1e-6).sqrt())  # (B, K) -> (B, C)
         bias = self.beta(z.mean((2, 3)))
+        if fused_norm and fused_norm.usable(x):
+            return fused_norm.norm_silu(x, scale, bias, activate=False)[0]
         return self.norm(x) * scale[:, :, None, None] + bias[:, :, None, None]
 
 
@@ -158,12 +177,12 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.bits, 1)
 
     def forward(self, x):
-        x = self.conv_in(x)
+        x = self.conv_in(fast_layout(x))
         for level in self.down:
             x = level(x)
         for block in self.mid_block:
             x = block(x)
-        return self.conv_out(silu(self.norm_out(x)))
+        return self.conv_out(norm_silu(self.norm_out, x)[0])
 
 
 class Decoder(nn.Module):
@@ -187,12 +206,12 @@ class Decoder(nn.Module):
             raise UserError(
                 "the decoder needs at least two tokens an image (it takes the variance over them)"
             )
-        x = self.conv_in(z)
+        x = self.conv_in(fast_layout(z))
         for block in self.mid_block:
             x = block(x)
         for norm, level in zip(reversed(self.adaptive), reversed(self.up), strict=True):
             x = level(norm(x, z))
-        return self.conv_out(silu(self.norm_out(x)))
+        return self.conv_out(norm_silu(self.norm_out, x)[0])
 
 
 class Tokenizer(nn.Module):

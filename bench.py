@@ -1,0 +1,351 @@
+"""Speed and memory on one GPU: the table in the README.
+
+    python bench.py                          # everything, some ten minutes on an H200
+    python bench.py --only entropy,sample    # some of it; see ROWS at the end
+
+Each row is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do not change
+the time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share` is the work's
+arithmetic (training, decoding) or its least traffic (sampling: weights and filled cache once a token) over the time,
+against this GPU's own rate, measured at the start: a large bf16 matrix product, a large device-to-device copy.
+"""
+
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import ar_model
+import data
+import losses
+import runtime
+from ar_model import AR_SIZES, ARTransformer, cross_entropies
+from lfq import entropy_terms, split_indices
+from tokenizer import TOKENIZER_SIZES, Tokenizer
+
+try:
+    import fused_norm
+    import fused_sampling
+except ImportError:  # no Triton: nothing to switch
+    fused_norm = fused_sampling = None
+
+# GFLOP an image, forward, 2 a multiply-add: encoder, decoder of 256_L; VGG16 of LPIPS; the discriminator.
+ENCODER, DECODER, VGG, DISCRIMINATOR = 266e9, 317e9, 40e9, 6.3e9
+# Forward and backward of the generator; VGG of x forward, of y forward and backward to y; the discriminator likewise
+# for the generator, then of x and y forward and backward.
+STEP_256_L = 3 * (ENCODER + DECODER) + 3 * VGG + (2 + 6) * DISCRIMINATOR
+
+
+def main():
+    arguments = runtime.parser("Speed and memory on one GPU.", "  python bench.py --only entropy,sample")
+    arguments.add_argument("--only", help=f"comma-separated: {','.join(ROWS)}")
+    arguments.add_argument("--repeats", type=int, default=20, help="timed runs a row")
+    args = arguments.parse_args()
+    chosen = args.only.split(",") if args.only else list(ROWS)
+    if unknown := [name for name in chosen if name not in ROWS]:
+        raise runtime.UserError(f"--only: unknown {unknown[0]}; choose from {', '.join(ROWS)}")
+    rt = runtime.start()
+    if rt.device.type != "cuda" and set(chosen) - {"loader"}:
+        raise runtime.UserError("bench.py measures one GPU, and there is none; --only loader runs anywhere")
+    if rt.device.type == "cuda":
+        runtime.set_precision(rt, "bf16")
+        bench = Bench(rt.device, args.repeats)
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+        print(
+            f"ceilings: bf16 product {bench.flops / 1e12:.0f} TFLOP/s, copy {bench.bandwidth / 1e12:.2f} TB/s\n"
+        )
+    else:
+        bench = None
+    print("| what | ours | plain | ratio | peak memory | share of the ceiling |\n|---|---|---|---|---|---|")
+    for name in chosen:
+        for row in ROWS[name](bench):
+            print("| " + " | ".join(row) + " |", flush=True)
+
+
+class Bench:
+    """Times a function on the device, and knows the device's ceilings."""
+
+    def __init__(self, device, repeats):
+        self.device, self.repeats = device, repeats
+        a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+        self.flops = 2 * 8192**3 / self.time(lambda: a @ b)[0]
+        source, target = (torch.empty(2**32, dtype=torch.uint8, device=device) for _ in range(2))
+        self.bandwidth = 2 * 2**32 / self.time(lambda: target.copy_(source))[0]
+
+    def time(self, work, repeats=None):
+        """(median seconds, peak bytes above what was there before) of work(), after three runs of warm-up."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            work()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(repeats or self.repeats):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            work()
+            ended.record()
+            ended.synchronize()
+            times.append(began.elapsed_time(ended) / 1e3)
+        return statistics.median(times), torch.cuda.max_memory_allocated() - before
+
+
+def plain():
+    """Switch the fused kernels off, for comparison; `fast()` switches them on again."""
+    for module in (fused_norm, fused_sampling):
+        if module:
+            module.ENABLED = False
+
+
+def fast():
+    for module in (fused_norm, fused_sampling):
+        if module:
+            module.ENABLED = True
+
+
+def row(what, ours, other, memory, share=None, images=None):
+    """Cells: seconds as ms, and images/s where `images` are the work."""
+
+    def cell(seconds):
+        if seconds is None:
+            return "-"
+        return f"{seconds * 1e3:.3g} ms" + (f" ({images / seconds:.0f} images/s)" if images else "")
+
+    ratio = f"{other / ours:.1f}" if other else "-"
+    return what, cell(ours), cell(other), ratio, f"{memory / 2**30:.2f} GiB", f"{share:.0%}" if share else "-"
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def dense_entropy_terms(z, temperature=0.01, eps=1e-5):
+    """The same two terms by the (N, 2^K) table, as published."""
+    places = torch.arange(z.shape[1], device=z.device)
+    codes = (torch.arange(2 ** z.shape[1], device=z.device)[:, None] >> places & 1) * 2.0 - 1
+    logits = 2 * z @ codes.T / temperature
+    p, log_p = logits.softmax(-1), logits.log_softmax(-1)
+    mean = p.mean(0)
+    return -(p * log_p).sum(-1).mean(), -(mean * (mean + eps).log()).sum()
+
+
+def bench_entropy(bench):
+    """LFQ's entropy, 2^18 codes, forward and backward."""
+    for tokens in (2048, 4096):
+        z = (torch.randn(tokens, 18, device=bench.device) * 0.1).requires_grad_()
+
+        def work(function):
+            sample, codebook = function(z)
+            torch.autograd.grad(sample - codebook, z)
+
+        ours, memory = bench.time(lambda: work(entropy_terms), 100)
+        dense, _ = bench.time(lambda: work(dense_entropy_terms), 5)
+        yield row(
+            f"LFQ entropy, {tokens} tokens, forward + backward (plain: dense table)", ours, dense, memory
+        )
+
+
+def tokenizer_step(bench, batch, compiled):
+    """One complete step of 256_L training as train_tokenizer.py makes it, as a function to call."""
+    torch.compiler.reset()  # each size is compiled anew, as a run would
+    torch.manual_seed(0)
+    device = bench.device
+    tokenizer = Tokenizer(TOKENIZER_SIZES["256_L"]).to(device)
+    lpips, discriminator = losses.LPIPS().to(device), losses.PatchDiscriminator().to(device)
+    if compiled:
+        for module in (tokenizer, lpips, discriminator):
+            module.to(memory_format=torch.channels_last)
+        lpips.compile_distance()
+    lecam = losses.LeCAM().to(device)
+    trained = [*tokenizer.parameters(), *discriminator.parameters()]
+    average = [p.detach().clone() for p in trained]
+    adam = [
+        torch.optim.Adam(m.parameters(), 1e-4, betas=(0.5, 0.9), fused=True)
+        for m in (tokenizer, discriminator)
+    ]
+    images = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8, device=device)
+
+    def step():
+        x = data.to_float(images)
+        discriminator.requires_grad_(False)
+        with torch.autocast("cuda", torch.bfloat16):
+            y, _, quantizer = tokenizer(x)
+            loss, _ = losses.generator_loss(x, y, quantizer, lpips, discriminator)
+        loss.backward()
+        adam[0].step()
+        adam[0].zero_grad(set_to_none=True)
+        discriminator.requires_grad_(True)
+        y = y.detach()
+        with torch.autocast("cuda", torch.bfloat16):
+            real, fake = discriminator(x), discriminator(y)
+        loss, named = losses.discriminator_loss(real, fake, lecam, 0.05)
+        loss.backward()
+        adam[1].step()
+        adam[1].zero_grad(set_to_none=True)
+        lecam.advance(named["logits_real"], named["logits_fake"])
+        losses.update_ema(average, trained)
+
+    return step
+
+
+def bench_tokenizer(bench, batches=(8, 16, 32, 48)):
+    """256_L training."""
+    for batch in batches:
+        other = None
+        if batch <= 16:
+            plain()
+            other, _ = bench.time(tokenizer_step(bench, batch, compiled=False), 5)
+            fast()
+        step = tokenizer_step(bench, batch, compiled=True)
+        ours, memory = bench.time(step, 10)
+        share = STEP_256_L * batch / ours / bench.flops
+        yield row(f"256_L training step, micro-batch {batch}", ours, other, memory, share, batch)
+        del step
+
+
+def transformer_step(bench, name, batch, compiled):
+    """(one complete step of training from codes as train_ar.py makes it, the model)."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = ARTransformer(AR_SIZES[name]).to(bench.device)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    loss_terms = cross_entropies
+    if compiled:
+        model.compile_blocks()
+        loss_terms = torch.compile(cross_entropies, dynamic=False)
+    codes = torch.randint(2**18, (batch, 256), device=bench.device)
+    labels = torch.randint(1000, (batch,), device=bench.device)
+
+    def step():
+        sub_indices = split_indices(codes)
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(sub_indices, labels)
+        pre, post = loss_terms(logits, sub_indices)
+        (pre + post).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, model
+
+
+def step_flops(model, tokens=256):
+    """Arithmetic of one image's training step: matrix products and attention, forward and twice that backward."""
+    config = model.config
+
+    def products(module):
+        return 2 * sum(p.numel() for p in module.parameters() if p.dim() == 2)
+
+    per_token = products(model.spatial_blocks) + 2 * products(model.factorized_blocks) + products(model.head)
+    attention = config.spatial_layers * 4 * config.width * tokens / 2  # causal: half of all pairs
+    return 3 * tokens * (per_token + attention)
+
+
+def bench_transformer(bench, cases=(("B", 24), ("B", 96), ("L", 48), ("XL", 32))):
+    """AR training from codes."""
+    for name, batch in cases:
+        other = None
+        if name == "B":
+            step, model = transformer_step(bench, name, batch, compiled=False)
+            other, _ = bench.time(step, 5)
+            del step, model
+        step, model = transformer_step(bench, name, batch, compiled=True)
+        ours, memory = bench.time(step, 10)
+        share = step_flops(model) * batch / ours / bench.flops
+        yield row(
+            f"AR-{name} training step from codes, micro-batch {batch}", ours, other, memory, share, batch
+        )
+        del step, model
+
+
+def bench_sampling(bench, cases=(("B", 50), ("B", 200), ("B", 400), ("L", 50), ("XL", 50))):
+    """Guided sampling, 256 tokens."""
+    for name, batch in cases:
+        torch.manual_seed(0)
+        model = ARTransformer(AR_SIZES[name]).to(bench.device).eval()
+        for head in model.head:
+            torch.nn.init.normal_(head.weight, std=0.02)
+        labels = torch.arange(batch, device=bench.device) % 1000
+
+        def work():
+            with torch.autocast("cuda", torch.bfloat16):
+                model.generate(labels, (1.9, 2.0), seeds=range(batch))
+
+        other = None
+        if (name, batch) == ("B", 50):
+            plain()
+            other, _ = bench.time(work, 1)
+            fast()
+        ours, memory = bench.time(work, 3)
+        config = model.config
+        weights = 2 * sum(
+            p.numel() for p in [*model.spatial_blocks.parameters(), *model.factorized_blocks.parameters()]
+        )
+        cache = 2 * batch * config.spatial_layers * 2 * config.width * 2 * 128  # bytes at the middle token
+        share = 256 * (weights + cache) / ours / bench.bandwidth
+        yield row(f"AR-{name} sampling, {batch} images, guided", ours, other, memory, share, batch)
+
+
+def bench_decoder(bench, batch=50):
+    """The decoder of 256_L."""
+    tokenizer = Tokenizer(TOKENIZER_SIZES["256_L"]).to(bench.device).eval()
+    indices = torch.randint(2**18, (batch, 16, 16), device=bench.device)
+
+    def work():
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            tokenizer.decode(indices)
+
+    plain()
+    other, _ = bench.time(work, 5)
+    fast()
+    tokenizer.to(memory_format=torch.channels_last)
+    ours, memory = bench.time(work)
+    yield row(
+        f"256_L decoder, {batch} images", ours, other, memory, DECODER * batch / ours / bench.flops, batch
+    )
+
+
+def bench_loader(bench, count=1000):
+    """Stage I's loader: 500x400 JPEGs to 256x256 crops, by number of worker processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for i in range(count):
+            small = Image.fromarray(rng.integers(0, 256, (25, 20, 3), np.uint8))
+            path = Path(folder) / f"{i % 10}" / f"{i}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            small.resize((500, 400), Image.Resampling.BICUBIC).save(path, quality=90)
+        pictures = data.open_pictures(folder, 256, train=True)
+        for workers in (1, 2, 4, 8, 16):
+            steps = min(40 * workers, 400)
+            batches = data.training_batches(pictures, 0, 32, 32, 0, 1, 0, steps, workers)
+            for step, _ in enumerate(batches):
+                if step == 0:
+                    began = time.perf_counter()
+            speed = (steps - 1) * 32 / (time.perf_counter() - began)
+            yield (
+                f"loader, {workers} worker(s), 500x400 JPEG to 256",
+                f"{speed:.0f} images/s",
+                "-",
+                "-",
+                "-",
+                "-",
+            )
+
+
+ROWS = {
+    "entropy": bench_entropy,
+    "tokenizer": bench_tokenizer,
+    "transformer": bench_transformer,
+    "sample": bench_sampling,
+    "decode": bench_decoder,
+    "loader": bench_loader,
+}
+
+if __name__ == "__main__":
+    runtime.run_script(main)

@@ -1,0 +1,288 @@
+"""GroupNorm and SiLU in one pass on a GPU: what stage I's time hangs on besides its convolutions.
+
+    y = norm_silu(x, scale, bias)        # tokenizer.py calls it where `usable(x)`; elsewhere silu(group_norm(x))
+
+Under autocast torch's GroupNorm reads and writes float32 and wants NCHW, while the fast convolutions want bf16 and
+channels last. These Triton kernels take channels last in the input's own type and compute in float32: forward two
+reads and a write, backward two reads of x and of the gradient and a write. Two values a channel and image are kept
+for the backward pass, besides x.
+
+Letters: B batch, C channels, P pixels, G groups. A program works on one chunk of one image's pixels.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+ENABLED = True  # False: the plain form everywhere, to compare with
+GROUPS, EPS = 32, 1e-6  # of every GroupNorm of the tokenizer
+
+
+def usable(x):
+    """True for what the kernels take: a GPU, channels last, a number of channels that is a power of 2 (from 32)."""
+    channels = x.shape[1]
+    return (
+        ENABLED
+        and x.is_cuda
+        and channels >= GROUPS
+        and channels & (channels - 1) == 0
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+@triton.jit
+def _sum_channels(x, sums, pixels, chunk, C: tl.constexpr, ROWS: tl.constexpr):
+    """Sums of x and of x^2 over this chunk's pixels, both of x less its first pixel's value, so that a large mean
+    costs no digits."""
+    number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, C)
+    x += image * pixels * C
+    shift = tl.load(x + c).to(tl.float32)
+    first = tl.zeros([ROWS, C], tl.float32)
+    second = tl.zeros([ROWS, C], tl.float32)
+    for start in range(0, chunk, ROWS):
+        inside = start + tl.arange(0, ROWS)
+        p = number * chunk + inside
+        mask = ((inside < chunk) & (p < pixels))[:, None]
+        value = tl.load(x + p[:, None] * C + c[None, :], mask, 0).to(tl.float32)
+        value = tl.where(mask, value - shift[None, :], 0.0)
+        first += value
+        second += value * value
+    sums += ((image * tl.num_programs(0) + number) * 2) * C + c
+    tl.store(sums, tl.sum(first, 0))
+    tl.store(sums + C, tl.sum(second, 0))
+
+
+@triton.jit
+def _load_sums(sums, image, chunks, C: tl.constexpr, MANY: tl.constexpr):
+    """The two rows of `sums` (B, chunks, 2, C), added up over chunks."""
+    c = tl.arange(0, C)
+    first = tl.zeros([MANY, C], tl.float32)
+    second = tl.zeros([MANY, C], tl.float32)
+    for start in range(0, chunks, MANY):
+        k = start + tl.arange(0, MANY)
+        place = sums + ((image * chunks + k)[:, None] * 2) * C + c[None, :]
+        first += tl.load(place, (k < chunks)[:, None], 0.0)
+        second += tl.load(place + C, (k < chunks)[:, None], 0.0)
+    return tl.sum(first, 0), tl.sum(second, 0)
+
+
+@triton.jit
+def _group_sum(value, C: tl.constexpr, GROUP: tl.constexpr):
+    """Each channel's group's sum: (C,) -> (C,)."""
+    total = tl.sum(tl.reshape(value, [C // GROUP, GROUP]), 1)
+    return tl.reshape(tl.broadcast_to(total[:, None], [C // GROUP, GROUP]), [C])
+
+
+@triton.jit
+def _statistics(
+    x, sums, stats, pixels, chunks, eps, C: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr
+):
+    """Mean and 1 / deviation of each channel's group, (B, 2, C), from the chunks' sums."""
+    image = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, C)
+    first, second = _load_sums(sums, image, chunks, C, MANY)
+    mean_c = tl.load(x + image * pixels * C + c).to(tl.float32) + first / pixels
+    around_c = second - first * first / pixels  # squared deviations from the channel's own mean
+    mean = _group_sum(mean_c, C, GROUP) / GROUP
+    around = _group_sum(around_c + pixels * (mean_c - mean) * (mean_c - mean), C, GROUP)
+    stats += image * 2 * C + c
+    tl.store(stats, mean)
+    tl.store(stats + C, 1 / tl.sqrt(around / (pixels * GROUP) + eps))
+
+
+@triton.jit
+def _normalize(
+    x, stats, scale, bias, stride, y, pixels, chunk, SILU: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
+):
+    """y = silu((x - mean) / deviation * scale + bias); scale and bias (C,) have stride 0, (B, C) stride C."""
+    number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, C)
+    x += image * pixels * C
+    y += image * pixels * C
+    mean, inverse = tl.load(stats + image * 2 * C + c), tl.load(stats + image * 2 * C + C + c)
+    factor = inverse * tl.load(scale + image * stride + c).to(tl.float32)
+    offset = tl.load(bias + image * stride + c).to(tl.float32)
+    for start in range(0, chunk, ROWS):
+        inside = start + tl.arange(0, ROWS)
+        p = number * chunk + inside
+        mask = ((inside < chunk) & (p < pixels))[:, None]
+        place = p[:, None] * C + c[None, :]
+        n = (tl.load(x + place, mask, 0).to(tl.float32) - mean[None, :]) * factor[None, :] + offset[None, :]
+        if SILU:
+            n = n * tl.sigmoid(n)
+        tl.store(y + place, n.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def _gradient_of_norm(x, dy, mean, inverse, scale, offset, SILU: tl.constexpr):
+    """(normalized x, gradient of scale * normalized + offset)."""
+    normal = (x - mean[None, :]) * inverse[None, :]
+    if SILU:
+        n = normal * scale[None, :] + offset[None, :]
+        gate = tl.sigmoid(n)
+        dy = dy * gate * (1 + n * (1 - gate))
+    return normal, dy
+
+
+@triton.jit
+def _sum_gradients(
+    x,
+    dy,
+    stats,
+    scale,
+    bias,
+    stride,
+    sums,
+    pixels,
+    chunk,
+    SILU: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The chunk's gradients of bias and of scale."""
+    number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, C)
+    x += image * pixels * C
+    dy += image * pixels * C
+    mean, inverse = tl.load(stats + image * 2 * C + c), tl.load(stats + image * 2 * C + C + c)
+    factor = tl.load(scale + image * stride + c).to(tl.float32)
+    offset = tl.load(bias + image * stride + c).to(tl.float32)
+    of_bias = tl.zeros([ROWS, C], tl.float32)
+    of_scale = tl.zeros([ROWS, C], tl.float32)
+    for start in range(0, chunk, ROWS):
+        inside = start + tl.arange(0, ROWS)
+        p = number * chunk + inside
+        mask = ((inside < chunk) & (p < pixels))[:, None]
+        place = p[:, None] * C + c[None, :]
+        value = tl.load(x + place, mask, 0).to(tl.float32)
+        gradient = tl.load(dy + place, mask, 0).to(tl.float32)  # 0 outside: adds nothing below
+        normal, gradient = _gradient_of_norm(value, gradient, mean, inverse, factor, offset, SILU)
+        of_bias += gradient
+        of_scale += gradient * normal
+    sums += ((image * tl.num_programs(0) + number) * 2) * C + c
+    tl.store(sums, tl.sum(of_bias, 0))
+    tl.store(sums + C, tl.sum(of_scale, 0))
+
+
+@triton.jit
+def _group_gradients(
+    sums,
+    scale,
+    stride,
+    grads,
+    means,
+    pixels,
+    chunks,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    MANY: tl.constexpr,
+):
+    """Each image's gradients of bias and scale, (B, 2, C); and, (B, 2, C), what backward subtracts: the group's
+    means of the gradient and of gradient times normalized x."""
+    image = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, C)
+    of_bias, of_scale = _load_sums(sums, image, chunks, C, MANY)
+    tl.store(grads + image * 2 * C + c, of_bias)
+    tl.store(grads + image * 2 * C + C + c, of_scale)
+    factor = tl.load(scale + image * stride + c).to(tl.float32)
+    count = pixels * GROUP
+    tl.store(means + image * 2 * C + c, _group_sum(factor * of_bias, C, GROUP) / count)
+    tl.store(means + image * 2 * C + C + c, _group_sum(factor * of_scale, C, GROUP) / count)
+
+
+@triton.jit
+def _gradient_of_x(
+    x, dy, skip, stats, scale, bias, stride, means, dx, pixels, chunk,
+    SILU: tl.constexpr, SKIP: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dx, plus the gradient `skip` that reaches x past the norm."""
+    number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, C)
+    x += image * pixels * C
+    dy += image * pixels * C
+    skip += image * pixels * C
+    dx += image * pixels * C
+    mean, inverse = tl.load(stats + image * 2 * C + c), tl.load(stats + image * 2 * C + C + c)
+    factor = tl.load(scale + image * stride + c).to(tl.float32)
+    offset = tl.load(bias + image * stride + c).to(tl.float32)
+    mean_first, mean_second = tl.load(means + image * 2 * C + c), tl.load(means + image * 2 * C + C + c)
+    for start in range(0, chunk, ROWS):
+        inside = start + tl.arange(0, ROWS)
+        p = number * chunk + inside
+        mask = ((inside < chunk) & (p < pixels))[:, None]
+        place = p[:, None] * C + c[None, :]
+        value = tl.load(x + place, mask, 0).to(tl.float32)
+        gradient = tl.load(dy + place, mask, 0).to(tl.float32)
+        normal, gradient = _gradient_of_norm(value, gradient, mean, inverse, factor, offset, SILU)
+        gradient = gradient * factor[None, :] - mean_first[None, :] - normal * mean_second[None, :]
+        gradient = gradient * inverse[None, :]
+        if SKIP:
+            gradient += tl.load(skip + place, mask, 0).to(tl.float32)
+        tl.store(dx + place, gradient.to(dx.dtype.element_ty), mask)
+
+
+def _shape(x):
+    """(B, P, C, pixels a chunk, chunks an image, rows a tile): about a thousand programs, enough for any GPU."""
+    batch, channels, height, width = x.shape
+    pixels, rows = height * width, max(1, 4096 // channels)
+    chunks = min(max(1, 1024 // batch), triton.cdiv(pixels, rows))
+    chunk = triton.cdiv(triton.cdiv(pixels, chunks), rows) * rows
+    return batch, pixels, channels, chunk, triton.cdiv(pixels, chunk), rows
+
+
+class _NormSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, bias, activate):
+        batch, pixels, channels, chunk, chunks, rows = _shape(x)
+        grid, stride = (chunks, batch), channels if scale.dim() == 2 else 0
+        sums = x.new_empty((batch, chunks, 2, channels), dtype=torch.float32)
+        stats = x.new_empty((batch, 2, channels), dtype=torch.float32)
+        y = torch.empty_like(x)
+        group, many = channels // GROUPS, max(1, 2048 // channels)
+        with torch.cuda.device(x.device):
+            _sum_channels[grid](x, sums, pixels, chunk, channels, rows)
+            _statistics[(batch,)](x, sums, stats, pixels, chunks, EPS, channels, group, many)
+            _normalize[grid](x, stats, scale, bias, stride, y, pixels, chunk, activate, channels, rows)
+        ctx.save_for_backward(x, scale, bias, stats)
+        ctx.activate = activate
+        ctx.set_materialize_grads(False)  # where x went nowhere else, its second gradient stays None
+        return y, x
+
+    @staticmethod
+    def backward(ctx, dy, skip):
+        x, scale, bias, stats = ctx.saved_tensors
+        batch, pixels, channels, chunk, chunks, rows = _shape(x)
+        grid, stride = (chunks, batch), channels if scale.dim() == 2 else 0
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        if skip is not None:
+            skip = skip.contiguous(memory_format=torch.channels_last)
+        sums = x.new_empty((batch, chunks, 2, channels), dtype=torch.float32)
+        grads, means = (x.new_empty((batch, 2, channels), dtype=torch.float32) for _ in range(2))
+        dx = torch.empty_like(x)
+        group, many = channels // GROUPS, max(1, 2048 // channels)
+        with torch.cuda.device(x.device):
+            _sum_gradients[grid](
+                x, dy, stats, scale, bias, stride, sums, pixels, chunk, ctx.activate, channels, rows
+            )
+            _group_gradients[(batch,)](
+                sums, scale, stride, grads, means, pixels, chunks, channels, group, many
+            )
+            _gradient_of_x[grid](
+                x, dy, dy if skip is None else skip, stats, scale, bias, stride, means, dx, pixels, chunk,
+                ctx.activate, skip is not None, channels, rows,
+            )  # fmt: skip
+        if stride == 0:
+            grads = grads.sum(0, keepdim=True)
+        of_bias, of_scale = grads[:, 0].reshape(bias.shape), grads[:, 1].reshape(scale.shape)
+        return dx, of_scale.to(scale.dtype), of_bias.to(bias.dtype), None
+
+
+def norm_silu(x, scale, bias, activate=True):
+    """silu(group_norm(x) * scale + bias) in 32 groups, and x itself: (B, C, H, W) channels last -> two of it.
+
+    scale, bias: (C,), or (B, C) for an adaptive norm. activate: False leaves SiLU out. Take x from here where it also
+    goes around the norm (a residual): its two gradients are then added in the same pass.
+    """
+    return _NormSilu.apply(x, scale.contiguous(), bias.contiguous(), activate)

@@ -1,0 +1,291 @@
+"""Generation on a GPU: one token of all images as one CUDA graph over a handful of Triton kernels.
+
+    indices = decoder_for(model, images, guide, options, dtype).generate(labels, uniforms, tokens)
+
+`ARTransformer.generate` uses it where `usable(model)`; what it computes is `ARTransformer._token_step`, and the tests
+hold the one against the other. A step of a few hundred small operations is bound by their launches: captured once,
+the graph is launched whole, for any position, since the position is a number in the GPU's memory. Weights are kept
+once more in the type that computes (half precision under autocast), w1 and w3 in one matrix. The residual stream
+stays in float32.
+
+Letters: B images, rows B, or 2 B with guidance (the images' classes, then as many null classes), d width, H heads,
+D head width, N tokens.
+"""
+
+import weakref
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+import ar_model  # imports this file in turn
+from lfq import merge_indices
+
+ENABLED = True  # False: the plain form everywhere, to compare with
+
+
+def usable(model):
+    """True for what the kernels take: a GPU, and a head width that is a power of 2 from 16."""
+    width = model.config.head_width
+    return ENABLED and model.norm.weight.is_cuda and width >= 16 and width & (width - 1) == 0
+
+
+@triton.jit
+def _add_norm(x, delta, weight, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """x += delta, then y = RMSNorm(x) * weight; a program a row. x float32."""
+    row = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    mask = i < width
+    value = tl.load(x + row * width + i, mask, 0.0)
+    if ADD:
+        value += tl.load(delta + row * width + i, mask, 0.0).to(tl.float32)
+        tl.store(x + row * width + i, value, mask)
+    inverse = 1 / tl.sqrt(tl.sum(value * value) / width + eps)
+    weight = tl.load(weight + i, mask, 0.0)
+    tl.store(y + row * width + i, (value * inverse * weight).to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def _silu_product(h, y, width, BLOCK: tl.constexpr):
+    """y = silu(first half of h) * second half; h (rows, 2 width)."""
+    row = tl.program_id(0)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < width
+    first = tl.load(h + row * 2 * width + i, mask, 0.0).to(tl.float32)
+    second = tl.load(h + row * 2 * width + width + i, mask, 0.0).to(tl.float32)
+    tl.store(y + row * width + i, (first * tl.sigmoid(first) * second).to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def _attend(
+    qkv, rotary, keys, values, position, y, table, length, scale,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rotate this position's query and key, put key and value into the cache, attend to positions 0..this one.
+
+    qkv (rows, 3 H D); rotary (2, table, D/2); keys, values (rows, H, length, D), of a key the even entries before the
+    odd ones; y (rows, H D). A program a row and head; softmax on the way, as blocks of the cache come in.
+    """
+    row, head = tl.program_id(0), tl.program_id(1)
+    here = tl.load(position)
+    pair, i, k = tl.arange(0, D // 2), tl.arange(0, D), tl.arange(0, BLOCK)
+    cos, sin = tl.load(rotary + here * (D // 2) + pair), tl.load(rotary + (table + here) * (D // 2) + pair)
+    qkv += row * 3 * H * D + head * D
+    even, odd = tl.load(qkv + 2 * pair).to(tl.float32), tl.load(qkv + 2 * pair + 1).to(tl.float32)
+    query_even, query_odd = (even * cos - odd * sin) * scale, (even * sin + odd * cos) * scale
+    qkv += H * D
+    even, odd = tl.load(qkv + 2 * pair).to(tl.float32), tl.load(qkv + 2 * pair + 1).to(tl.float32)
+    key_even, key_odd = even * cos - odd * sin, even * sin + odd * cos
+    value = tl.load(qkv + H * D + i)
+    keys += (row * H + head).to(tl.int64) * length * D
+    values += (row * H + head).to(tl.int64) * length * D
+    tl.store(keys + here * D + pair, key_even.to(keys.dtype.element_ty))
+    tl.store(keys + here * D + D // 2 + pair, key_odd.to(keys.dtype.element_ty))
+    tl.store(values + here * D + i, value)
+
+    highest = tl.sum(query_even * key_even) + tl.sum(query_odd * key_odd)
+    total = 1.0
+    mixed = value.to(tl.float32)
+    for start in range(0, here, BLOCK):
+        mask = start + k < here
+        place = (start + k)[:, None] * D
+        even = tl.load(keys + place + pair[None, :], mask[:, None], 0.0).to(tl.float32)
+        odd = tl.load(keys + place + D // 2 + pair[None, :], mask[:, None], 0.0).to(tl.float32)
+        past = tl.load(values + place + i[None, :], mask[:, None], 0.0).to(tl.float32)
+        score = tl.sum(even * query_even[None, :], 1) + tl.sum(odd * query_odd[None, :], 1)
+        score = tl.where(mask, score, -float("inf"))
+        before, highest = highest, tl.maximum(highest, tl.max(score))
+        shrink, weight = tl.exp(before - highest), tl.exp(score - highest)
+        total = total * shrink + tl.sum(weight)
+        mixed = mixed * shrink + tl.sum(weight[:, None] * past, 0)
+    tl.store(y + row * H * D + head * D + i, (mixed / total).to(y.dtype.element_ty))
+
+
+@triton.jit
+def _draw(
+    logits,
+    uniforms,
+    position,
+    drawn,
+    latest,
+    images,
+    length,
+    scale,
+    temperature,
+    part,
+    GUIDE: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Guidance, temperature and the draw by inverse CDF, in float64, as `ar_model.draw`; a program an image.
+
+    logits (rows, V); uniforms (B, length, 2); the sub-token goes to drawn (2, B, length) and latest (B,).
+    """
+    image = tl.program_id(0)
+    here = tl.load(position)
+    v = tl.arange(0, V)
+    value = tl.load(logits + image * V + v).to(tl.float32)
+    if GUIDE:
+        null = tl.load(logits + (images + image) * V + v).to(tl.float32)
+        value = null + scale * (value - null)
+    value = (value / temperature).to(tl.float64)
+    likelihood = tl.exp(value - tl.max(value))
+    likelihood = likelihood / tl.sum(likelihood)
+    cumulative = tl.where(likelihood > 0, tl.cumsum(likelihood), 0.0)
+    passes = (cumulative > tl.load(uniforms + (image * length + here) * 2 + part)) | (
+        cumulative == tl.max(cumulative)
+    )
+    found = tl.min(tl.where(passes, v, V))
+    tl.store(drawn + (part * images + image) * length + here, found)
+    tl.store(latest + image, found)
+
+
+class Decoder:
+    """The graph of one token step for a fixed number of images and fixed options, with the memory that it works on.
+
+    options: (guidance scale or None, temperature, top-k, top-p) of each sub-token; None is no null branch.
+    """
+
+    def __init__(self, model, images, guide, options, dtype):
+        device = model.norm.weight.device
+        # Parts of the model, not the model: see `_kept`.
+        self.blocks = [*model.spatial_blocks, *model.factorized_blocks]
+        self.embeddings, self.class_table = (
+            (model.pre_emb, model.post_emb),
+            model.class_emb["embedding_table"],
+        )
+        self.norm, self.head, config = model.norm, model.head, model.config
+        self.images, self.guide, self.options, self.dtype = images, guide, options, dtype
+        self.rows, self.length, self.bits = (
+            images * (2 if guide else 1),
+            config.grid**2,
+            config.factorized_bits,
+        )
+
+        def empty(*shape, dtype=dtype):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.weights = [self._weights_of(block) for block in self.blocks]
+        self.heads = [head.weight.detach().to(dtype, copy=True) for head in model.head]
+        self.rotary = model._rotary().contiguous()
+        heads, width = config.heads, config.head_width
+        self.spatial = empty(config.spatial_layers, 2, self.rows, heads, self.length, width)
+        self.intra = empty(config.intra_layers, 2, self.rows, heads, 2, width)
+        self.x = empty(self.rows, config.width, dtype=torch.float32)
+        self.uniforms = empty(images, self.length, 2, dtype=torch.float64)
+        self.drawn = empty(2, images, self.length, dtype=torch.int64)
+        self.latest = empty(images, dtype=torch.int64)
+        self.position = empty(1, dtype=torch.int32)
+        self.places = torch.arange(2, dtype=torch.int32, device=device)  # of the two sub-tokens
+        self.logits = [None, None]
+        self.graph = None
+
+    def _weights_of(self, block):
+        """A block's matrices in the type that computes, w1 and w3 as one."""
+        ffn, attention = block.feed_forward, block.attention
+        both = torch.cat([ffn.w1.weight, ffn.w3.weight])
+        matrices = [
+            w.detach().to(self.dtype).clone()
+            for w in (attention.wqkv.weight, attention.wo.weight, both, ffn.w2.weight)
+        ]
+        return [block.attention_norm.weight.float(), block.ffn_norm.weight.float(), *matrices]
+
+    def _add_norm(self, x, delta, weight):
+        y = torch.empty(x.shape, dtype=self.dtype, device=x.device)
+        block = triton.next_power_of_2(x.shape[1])
+        _add_norm[(len(x),)](
+            x, x if delta is None else delta, weight, y, x.shape[1], 1e-5, delta is not None, block
+        )
+        return y
+
+    def _block(self, x, delta, weights, cache, position):
+        """One block at `position`: adds delta to x in place, returns what is to be added next."""
+        norm1, norm2, wqkv, wo, w13, w2 = weights
+        rows, heads, length, width = cache.shape[1:]
+        qkv = F.linear(self._add_norm(x, delta, norm1), wqkv)
+        mixed = torch.empty((rows, heads * width), dtype=self.dtype, device=x.device)
+        _attend[(rows, heads)](
+            qkv, self.rotary, *cache, position, mixed, self.rotary.shape[1], length, width**-0.5, heads, width, BLOCK=64
+        )  # fmt: skip
+        hidden = F.linear(self._add_norm(x, F.linear(mixed, wo), norm2), w13)
+        product = torch.empty((rows, hidden.shape[1] // 2), dtype=self.dtype, device=x.device)
+        _silu_product[(rows, triton.cdiv(product.shape[1], 1024))](hidden, product, product.shape[1], 1024)
+        return F.linear(product, w2)
+
+    def _step(self):
+        """One token of every image, as `ARTransformer._token_step`; then the next position."""
+        x, delta, layers = self.x, None, len(self.spatial)
+        for weights, cache in zip(self.weights[:layers], self.spatial, strict=True):
+            delta = self._block(x, delta, weights, cache, self.position)
+        following = 0
+        for part, embedding in enumerate(self.embeddings):
+            for weights, cache in zip(self.weights[layers:], self.intra, strict=True):
+                delta = self._block(x, delta, weights, cache, self.places[part:])
+            logits = F.linear(self._add_norm(x, delta, self.norm.weight), self.heads[part])
+            self.logits[part] = logits
+            self._draw_part(logits, part)
+            # Both branches of guidance go on from the token drawn.
+            x = embedding(self.latest).float().repeat(self.rows // self.images, 1)
+            following, delta = following + x, None
+        self.x.copy_(following)
+        self.position += 1
+
+    def _draw_part(self, logits, part):
+        scale, temperature, top_k, top_p = self.options[part]
+        guide = self.guide
+        if top_k or top_p < 1:  # the filters sort: torch's own kernels, and then a draw without guidance
+            logits = logits.float()
+            logits = ar_model.guided(*logits.chunk(2), scale) if guide else logits
+            logits, temperature, guide = (
+                ar_model.filter_logits(logits / temperature, top_k, top_p),
+                1.0,
+                False,
+            )
+        _draw[(self.images,)](
+            logits, self.uniforms, self.position, self.drawn, self.latest, self.images, self.length,
+            1.0 if scale is None else scale, temperature, part, guide, logits.shape[1], num_warps=8,
+        )  # fmt: skip
+
+    def refresh(self):
+        """Take the model's weights anew: they may have been trained since."""
+        for block, kept in zip(self.blocks, self.weights, strict=True):
+            torch._foreach_copy_(kept, self._weights_of(block))
+        torch._foreach_copy_(self.heads, [head.weight for head in self.head])
+
+    def generate(self, labels, uniforms, tokens):
+        """labels (rows,), uniforms (B, N, 2) float64 -> merged indices (B, tokens)."""
+        if self.graph is None:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._step()  # compiles the kernels, and lets cuBLAS choose
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._step()
+        else:
+            self.refresh()
+        self.uniforms.copy_(uniforms)
+        self.x.copy_(self.class_table(labels))
+        self.position.zero_()
+        for _ in range(tokens):
+            self.graph.replay()
+        return merge_indices(list(self.drawn[:, :, :tokens]), self.bits)
+
+
+# The last Decoder of each model, for as long as the model lives and does not go back to training.
+_kept = weakref.WeakKeyDictionary()
+
+
+def decoder_for(model, images, guide, options, dtype):
+    """The model's Decoder for these settings; the last one made is kept."""
+    key = (images, guide, tuple(options), dtype, model.norm.weight.device)
+    if model not in _kept or _kept[model][0] != key:
+        forget(model)  # the old one's memory goes before the new one's comes
+        _kept[model] = (key, Decoder(model, images, guide, options, dtype))
+    return _kept[model][1]
+
+
+def forget(model):
+    """Give back the memory of the model's Decoder."""
+    _kept.pop(model, None)
