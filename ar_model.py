@@ -115,9 +115,10 @@ def rotary_table(grid, head_width, device=None):
 
 def rotate(x, rotary):
     """Turn the adjacent pairs (2m, 2m+1) of x (..., N, D) by `rotary` (2, N, D/2), in float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (..., N, D) -> two of (..., N, D/2)
     cos, sin = rotary
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    cos, sin = torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)  # (N, D)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # the other of each pair
+    return (x.float() * cos + swapped.float() * sin).type_as(x)
 
 
 class Attention(nn.Module):

@@ -9,9 +9,10 @@ arithmetic (training, decoding) or its least traffic (sampling: weights and fill
 against this GPU's own rate, measured at the start: a large bf16 matrix product, a large device-to-device copy.
 """
 
+import functools
 import gc
+import itertools
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-import ar_model
 import data
 import losses
 import runtime
@@ -86,14 +86,14 @@ class Bench:
             work()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(repeats or self.repeats):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
+        # One run follows the other without waiting, as in a training loop.
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range((repeats or self.repeats) + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
             work()
-            ended.record()
-            ended.synchronize()
-            times.append(began.elapsed_time(ended) / 1e3)
+            mark.record()
+        torch.cuda.synchronize()
+        times = [began.elapsed_time(ended) / 1e3 for began, ended in itertools.pairwise(marks)]
         return statistics.median(times), torch.cuda.max_memory_allocated() - before
 
 
@@ -140,12 +140,12 @@ def bench_entropy(bench):
     for tokens in (2048, 4096):
         z = (torch.randn(tokens, 18, device=bench.device) * 0.1).requires_grad_()
 
-        def work(function):
+        def work(function, z=z):
             sample, codebook = function(z)
             torch.autograd.grad(sample - codebook, z)
 
-        ours, memory = bench.time(lambda: work(entropy_terms), 100)
-        dense, _ = bench.time(lambda: work(dense_entropy_terms), 5)
+        ours, memory = bench.time(functools.partial(work, entropy_terms), 100)
+        dense, _ = bench.time(functools.partial(work, dense_entropy_terms), 5)
         yield row(
             f"LFQ entropy, {tokens} tokens, forward + backward (plain: dense table)", ours, dense, memory
         )
@@ -161,7 +161,8 @@ def tokenizer_step(bench, batch, compiled):
     if compiled:
         for module in (tokenizer, lpips, discriminator):
             module.to(memory_format=torch.channels_last)
-        lpips.compile_distance()
+        lpips.compile(dynamic=False)
+        tokenizer.decoder.compile_upsamplers()
     lecam = losses.LeCAM().to(device)
     trained = [*tokenizer.parameters(), *discriminator.parameters()]
     average = [p.detach().clone() for p in trained]
@@ -273,7 +274,7 @@ def bench_sampling(bench, cases=(("B", 50), ("B", 200), ("B", 400), ("L", 50), (
             torch.nn.init.normal_(head.weight, std=0.02)
         labels = torch.arange(batch, device=bench.device) % 1000
 
-        def work():
+        def work(model=model, labels=labels, batch=batch):
             with torch.autocast("cuda", torch.bfloat16):
                 model.generate(labels, (1.9, 2.0), seeds=range(batch))
 

@@ -16,6 +16,7 @@ import triton.language as tl
 
 ENABLED = True  # False: the plain form everywhere, to compare with
 GROUPS, EPS = 32, 1e-6  # of every GroupNorm of the tokenizer
+TILE, WARPS, PROGRAMS = 4096, 8, 2048  # numbers a program takes at once, its warps, programs a launch
 
 
 def usable(x):
@@ -224,10 +225,10 @@ def _gradient_of_x(
 
 
 def _shape(x):
-    """(B, P, C, pixels a chunk, chunks an image, rows a tile): about a thousand programs, enough for any GPU."""
+    """(B, P, C, pixels a chunk, chunks an image, rows a tile)"""
     batch, channels, height, width = x.shape
-    pixels, rows = height * width, max(1, 4096 // channels)
-    chunks = min(max(1, 1024 // batch), triton.cdiv(pixels, rows))
+    pixels, rows = height * width, max(1, TILE // channels)
+    chunks = min(max(1, PROGRAMS // batch), triton.cdiv(pixels, rows))
     chunk = triton.cdiv(triton.cdiv(pixels, chunks), rows) * rows
     return batch, pixels, channels, chunk, triton.cdiv(pixels, chunk), rows
 
@@ -242,9 +243,11 @@ class _NormSilu(torch.autograd.Function):
         y = torch.empty_like(x)
         group, many = channels // GROUPS, max(1, 2048 // channels)
         with torch.cuda.device(x.device):
-            _sum_channels[grid](x, sums, pixels, chunk, channels, rows)
+            _sum_channels[grid](x, sums, pixels, chunk, channels, rows, num_warps=WARPS)
             _statistics[(batch,)](x, sums, stats, pixels, chunks, EPS, channels, group, many)
-            _normalize[grid](x, stats, scale, bias, stride, y, pixels, chunk, activate, channels, rows)
+            _normalize[grid](
+                x, stats, scale, bias, stride, y, pixels, chunk, activate, channels, rows, num_warps=WARPS
+            )
         ctx.save_for_backward(x, scale, bias, stats)
         ctx.activate = activate
         ctx.set_materialize_grads(False)  # where x went nowhere else, its second gradient stays None
@@ -264,14 +267,26 @@ class _NormSilu(torch.autograd.Function):
         group, many = channels // GROUPS, max(1, 2048 // channels)
         with torch.cuda.device(x.device):
             _sum_gradients[grid](
-                x, dy, stats, scale, bias, stride, sums, pixels, chunk, ctx.activate, channels, rows
+                x,
+                dy,
+                stats,
+                scale,
+                bias,
+                stride,
+                sums,
+                pixels,
+                chunk,
+                ctx.activate,
+                channels,
+                rows,
+                num_warps=WARPS,
             )
             _group_gradients[(batch,)](
                 sums, scale, stride, grads, means, pixels, chunks, channels, group, many
             )
             _gradient_of_x[grid](
                 x, dy, dy if skip is None else skip, stats, scale, bias, stride, means, dx, pixels, chunk,
-                ctx.activate, skip is not None, channels, rows,
+                ctx.activate, skip is not None, channels, rows, num_warps=WARPS,
             )  # fmt: skip
         if stride == 0:
             grads = grads.sum(0, keepdim=True)

@@ -90,10 +90,10 @@ def _attend(
     for start in range(0, here, BLOCK):
         mask = start + k < here
         place = (start + k)[:, None] * D
-        even = tl.load(keys + place + pair[None, :], mask[:, None], 0.0).to(tl.float32)
-        odd = tl.load(keys + place + D // 2 + pair[None, :], mask[:, None], 0.0).to(tl.float32)
+        past_even = tl.load(keys + place + pair[None, :], mask[:, None], 0.0).to(tl.float32)
+        past_odd = tl.load(keys + place + D // 2 + pair[None, :], mask[:, None], 0.0).to(tl.float32)
         past = tl.load(values + place + i[None, :], mask[:, None], 0.0).to(tl.float32)
-        score = tl.sum(even * query_even[None, :], 1) + tl.sum(odd * query_odd[None, :], 1)
+        score = tl.sum(past_even * query_even[None, :], 1) + tl.sum(past_odd * query_odd[None, :], 1)
         score = tl.where(mask, score, -float("inf"))
         before, highest = highest, tl.maximum(highest, tl.max(score))
         shrink, weight = tl.exp(before - highest), tl.exp(score - highest)

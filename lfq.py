@@ -10,8 +10,12 @@ quantized by sign, so a pixel's K signs are its code and, read as bits, its inde
 Letters: B batch, K bits, h w latent grid, N tokens = B*h*w.
 """
 
+import contextlib
+import functools
+
 import torch
 from torch import nn
+from torch.nn.functional import logsigmoid
 
 
 def codes_to_indices(codes):
@@ -44,13 +48,67 @@ def merge_indices(sub_indices, factorized_bits=(6, 12)):
     return index
 
 
-def _pattern_table(log_p, log_q):
-    """Probability of every sign pattern of independent bits: (N, k) log-probabilities of +1 and of -1 -> (N, 2^k),
-    pattern j having bit i of j as its sign i. Sums of logarithms by matrix product: a few large operations."""
-    bits = log_p.shape[1]
-    places = torch.arange(bits, device=log_p.device)[:, None]
-    positive = (torch.arange(2**bits, device=log_p.device) >> places & 1).to(log_p.dtype)  # (k, 2^k)
-    return _exact_matmul(torch.cat([log_p, log_q], 1), torch.cat([positive, 1 - positive])).exp()
+@functools.lru_cache
+def _patterns(bits, device, dtype):
+    """1 where a pattern has the sign +, (2^bits, bits), beside 1 where it has the sign -; pattern j's sign i is bit i."""
+    positive = torch.arange(2**bits, device=device)[:, None] >> torch.arange(bits, device=device) & 1
+    return torch.cat([positive, 1 - positive], 1).to(dtype)
+
+
+class _SoftAssignment(torch.autograd.Function):
+    """Logits (N, K) of independent bits -> (mean over tokens of their entropy, mean over tokens of the probability of
+    every sign pattern, (2^(K - K//2), 2^(K//2)): high half by low half).
+
+    By hand because it is short: three matrix products, each half's table being kept, and nothing of size 2^K * N.
+    Without TF32: reduced precision here moves the codebook gradient by percents.
+    """
+
+    @staticmethod
+    def forward(ctx, logits):
+        tokens, bits = logits.shape
+        half = bits // 2
+        with _exactly(logits.device):
+            # Both logarithms from the logit: exact also where the probability rounds to 0 or 1.
+            log_p, log_q = logsigmoid(logits), logsigmoid(-logits)
+            low, high = (
+                (torch.cat([log_p[:, part], log_q[:, part]], 1) @ _patterns_of(log_p[:, part]).T).exp()
+                for part in (slice(half), slice(half, None))
+            )
+            mean_assignment = high.T @ low / tokens
+            p, q = log_p.exp(), log_q.exp()
+            sample_entropy = -torch.addcmul(p * log_p, q, log_q).sum() / tokens
+        ctx.save_for_backward(logits, p, q, low, high)
+        return sample_entropy, mean_assignment
+
+    @staticmethod
+    def backward(ctx, of_entropy, of_mean):
+        logits, p, q, low, high = ctx.saved_tensors
+        half = logits.shape[1] // 2
+        with _exactly(logits.device):
+            of_mean = of_mean / len(logits)
+            of_low, of_high = (high @ of_mean).mul_(low), (low @ of_mean.T).mul_(high)  # of the tables' logarithms
+            # d log p = q d logit, d log q = -p d logit
+            of_low, of_high = of_low @ _patterns_of(p[:, :half]), of_high @ _patterns_of(p[:, half:])
+            positive = torch.cat([of_low[:, :half], of_high[:, : len(p[0]) - half]], 1)
+            negative = torch.cat([of_low[:, half:], of_high[:, len(p[0]) - half :]], 1)
+            gradient = positive * q - negative * p
+            return gradient - (of_entropy / len(logits)) * logits * p * q  # d entropy = -logit p q d logit
+
+
+def _patterns_of(values):
+    return _patterns(values.shape[1], values.device, values.dtype)
+
+
+@contextlib.contextmanager
+def _exactly(device):
+    """Neither autocast nor TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def entropy_terms(z, temperature=0.01, eps=1e-5):
@@ -66,46 +124,9 @@ def entropy_terms(z, temperature=0.01, eps=1e-5):
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        tokens, bits = z.shape
-        logits = 4 * z / temperature
-        # Both logarithms from the logit: exact also where p rounds to 0 or 1.
-        log_p, log_q = nn.functional.logsigmoid(logits), nn.functional.logsigmoid(-logits)
-        sample_entropy = -(log_p.exp() * log_p + log_q.exp() * log_q).sum(1).mean()
-        half = bits // 2
-        low = _pattern_table(log_p[:, :half], log_q[:, :half])
-        high = _pattern_table(log_p[:, half:], log_q[:, half:])
-        mean_assignment = _exact_matmul(high.T, low) / tokens  # (2^(K - K//2), 2^(K//2))
+        sample_entropy, mean_assignment = _SoftAssignment.apply(4 * z / temperature)
         codebook_entropy = -(mean_assignment * torch.log(mean_assignment + eps)).sum()
     return sample_entropy, codebook_entropy
-
-
-class _ExactMatmul(torch.autograd.Function):
-    """a @ b without TF32, forward and backward: reduced precision here moves the codebook gradient by percents."""
-
-    @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
-        with _no_tf32():
-            return a @ b
-
-    @staticmethod
-    def backward(ctx, grad):
-        a, b = ctx.saved_tensors
-        with _no_tf32():
-            return grad @ b.T, a.T @ grad
-
-
-class _no_tf32:
-    def __enter__(self):
-        self.before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *error):
-        torch.backends.cuda.matmul.allow_tf32 = self.before
-
-
-def _exact_matmul(a, b):
-    return _ExactMatmul.apply(a, b) if a.is_cuda else a @ b
 
 
 class LFQ(nn.Module):

@@ -114,15 +114,10 @@ class LPIPS(nn.Module):
         self.widths = [layers[-1][1] for layers in _NETWORKS[network]]
         for i, width in enumerate(self.widths):
             self.add_module(f"lin{i}", _Head(width))
-        self.tap_distance = tap_distance
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
         return super().train(False)
-
-    def compile_distance(self):
-        """Compile what follows the backbone: several passes over float32 copies of all taps become one over the taps."""
-        self.tap_distance = torch.compile(tap_distance, dynamic=False)
 
     def features(self, x):
         """The five taps of x."""
@@ -134,7 +129,7 @@ class LPIPS(nn.Module):
             ours = self.features(x)
         distance = 0
         for i, (a, b) in enumerate(zip(ours, self.features(y), strict=True)):
-            distance = distance + self.tap_distance(a, b, getattr(self, f"lin{i}").model[1].weight)
+            distance = distance + tap_distance(a, b, getattr(self, f"lin{i}").model[1].weight)
         return distance
 
 

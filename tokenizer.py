@@ -201,6 +201,13 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
+    def compile_upsamplers(self):
+        """Compile what stands between convolutions at each change of resolution: bias and depth to space in one pass.
+        (The rest is fused without compiling: see fused_norm.py.)"""
+        for level in self.up:
+            if hasattr(level, "upsample"):
+                level.upsample.compile(dynamic=False)
+
     def forward(self, z):
         if z.shape[2] * z.shape[3] < 2:
             raise UserError(
