@@ -135,8 +135,10 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, rotary, cache=None, start=0):
-        # (rows, N, 3 d) -> three of (rows, H, N, D)
-        query, key, value = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (rows, N, 3 d) -> three of (rows, H, N, D)
+            for part in self.wqkv(x).chunk(3, -1)
+        )
         query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:
             cache[0, :, :, start], cache[1, :, :, start] = key[:, :, 0], value[:, :, 0]
@@ -155,10 +157,15 @@ class PairAttention(Attention):
     def forward(self, x, rotary, cache=None, start=0):
         if cache is not None or x.shape[1] != 2:
             return super().forward(x, rotary, cache, start)
-        query, key, value = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (rows, 2, H, D) each
-        score = (query[:, 1].float() * key[:, 1].float()).sum(-1, keepdim=True) / math.sqrt(query.shape[-1])
-        second = torch.lerp(value[:, 0].float(), value[:, 1].float(), score.sigmoid()).type_as(value)
-        return self.wo(torch.stack([value[:, 0], second], dim=1).flatten(2))
+        width = x.shape[-1]
+        _, of_first, asked, of_second = self.wqkv(x).flatten(1).split([2 * width, width, 2 * width, width], -1)
+        query, key, first, second = (
+            part.unflatten(-1, (self.heads, -1)).float()  # (rows, d) -> (rows, H, D)
+            for part in (*asked.chunk(2, -1), of_first, of_second)
+        )
+        score = (query * key).sum(-1, keepdim=True) / math.sqrt(query.shape[-1])
+        second = torch.lerp(first, second, score.sigmoid()).flatten(1).type_as(of_first)
+        return self.wo(torch.stack([of_first, second], dim=1))
 
 
 class FeedForward(nn.Module):

@@ -47,6 +47,35 @@ def _add_norm(x, delta, weight, y, width, eps, ADD: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
+def _linear(
+    x, w, y, rows, inner, outer, GATE: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y = x w^T for few rows (all in one tile of BM), a program BN columns of y: such products are bound by reading w.
+
+    x (rows, inner), w (outer, inner). SPLIT > 1: y (SPLIT, rows, outer), each the sum over a share of `inner`.
+    GATE: w (2 outer, inner), y = silu(x w1^T) * (x w3^T).
+    """
+    part = tl.program_id(1)
+    m, n, k = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    first = tl.zeros([BM, BN], tl.float32)
+    second = tl.zeros([BM, BN], tl.float32)
+    share = tl.cdiv(inner, SPLIT * BK) * BK
+    for start in range(part * share, tl.minimum(inner, (part + 1) * share), BK):
+        inside = start + k < inner
+        a = tl.load(x + m[:, None] * inner + (start + k)[None, :], (m < rows)[:, None] & inside[None, :], 0.0)
+        place = n[None, :] * inner + (start + k)[:, None]
+        mask = (n < outer)[None, :] & inside[:, None]
+        first = tl.dot(a, tl.load(w + place, mask, 0.0), first, input_precision="ieee")
+        if GATE:
+            second = tl.dot(a, tl.load(w + outer * inner + place, mask, 0.0), second, input_precision="ieee")
+    if GATE:
+        first = first * tl.sigmoid(first) * second
+    place = (part * rows + m)[:, None] * outer + n[None, :]
+    tl.store(y + place, first.to(y.dtype.element_ty), (m < rows)[:, None] & (n < outer)[None, :])
+
+
+@triton.jit
 def _silu_product(h, y, width, BLOCK: tl.constexpr):
     """y = silu(first half of h) * second half; h (rows, 2 width)."""
     row = tl.program_id(0)

@@ -50,53 +50,51 @@ def merge_indices(sub_indices, factorized_bits=(6, 12)):
 
 @functools.lru_cache
 def _patterns(bits, device, dtype):
-    """1 where a pattern has the sign +, (2^bits, bits), beside 1 where it has the sign -; pattern j's sign i is bit i."""
-    positive = torch.arange(2**bits, device=device)[:, None] >> torch.arange(bits, device=device) & 1
-    return torch.cat([positive, 1 - positive], 1).to(dtype)
+    """Which of the 2 K numbers (log p_i, then log q_i) add up to the logarithm of each half's each sign pattern:
+    zeros and ones, (2 K, 2^(K//2) + 2^(K - K//2)), first the low bits' patterns; pattern j's sign i is bit i."""
+    halves = []
+    for count in (bits // 2, bits - bits // 2):
+        positive = torch.arange(2**count, device=device) >> torch.arange(count, device=device)[:, None] & 1
+        halves.append(positive)
+    positive, negative = torch.block_diag(*halves), torch.block_diag(*(1 - half for half in halves))
+    return torch.cat([positive, negative]).to(dtype)
 
 
 class _SoftAssignment(torch.autograd.Function):
     """Logits (N, K) of independent bits -> (mean over tokens of their entropy, mean over tokens of the probability of
     every sign pattern, (2^(K - K//2), 2^(K//2)): high half by low half).
 
-    By hand because it is short: three matrix products, each half's table being kept, and nothing of size 2^K * N.
-    Without TF32: reduced precision here moves the codebook gradient by percents.
+    By hand because it is short and few operations are fast ones: the tables of both halves are one matrix product of
+    logarithms, the mean assignment another; and nothing of size 2^K * N is ever made. Without TF32: reduced
+    precision here moves the codebook gradient by percents.
     """
 
     @staticmethod
     def forward(ctx, logits):
         tokens, bits = logits.shape
-        half = bits // 2
         with _exactly(logits.device):
-            # Both logarithms from the logit: exact also where the probability rounds to 0 or 1.
-            log_p, log_q = logsigmoid(logits), logsigmoid(-logits)
-            low, high = (
-                (torch.cat([log_p[:, part], log_q[:, part]], 1) @ _patterns_of(log_p[:, part]).T).exp()
-                for part in (slice(half), slice(half, None))
-            )
-            mean_assignment = high.T @ low / tokens
-            p, q = log_p.exp(), log_q.exp()
-            sample_entropy = -torch.addcmul(p * log_p, q, log_q).sum() / tokens
-        ctx.save_for_backward(logits, p, q, low, high)
+            # log p and log q, both from the logit: exact also where the probability rounds to 0 or 1.
+            logs = logsigmoid(torch.cat([logits, -logits], 1))  # (N, 2 K)
+            tables = (logs @ _patterns(bits, logits.device, logits.dtype)).exp_()
+            low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
+            mean_assignment = (high.T @ low).div_(tokens)
+            probabilities = logs.exp()
+            sample_entropy = (probabilities * logs).sum() / -tokens
+        ctx.save_for_backward(logits, probabilities, tables)
         return sample_entropy, mean_assignment
 
     @staticmethod
     def backward(ctx, of_entropy, of_mean):
-        logits, p, q, low, high = ctx.saved_tensors
-        half = logits.shape[1] // 2
+        logits, probabilities, tables = ctx.saved_tensors
+        tokens, bits = logits.shape
         with _exactly(logits.device):
-            of_mean = of_mean / len(logits)
-            of_low, of_high = (high @ of_mean).mul_(low), (low @ of_mean.T).mul_(high)  # of the tables' logarithms
-            # d log p = q d logit, d log q = -p d logit
-            of_low, of_high = of_low @ _patterns_of(p[:, :half]), of_high @ _patterns_of(p[:, half:])
-            positive = torch.cat([of_low[:, :half], of_high[:, : len(p[0]) - half]], 1)
-            negative = torch.cat([of_low[:, half:], of_high[:, len(p[0]) - half :]], 1)
-            gradient = positive * q - negative * p
-            return gradient - (of_entropy / len(logits)) * logits * p * q  # d entropy = -logit p q d logit
-
-
-def _patterns_of(values):
-    return _patterns(values.shape[1], values.device, values.dtype)
+            p, q = probabilities.split(bits, 1)
+            low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
+            of_tables = torch.cat([high @ of_mean, low @ of_mean.T], 1).mul_(tables)  # of the tables' logarithms
+            positive, negative = (of_tables @ _patterns(bits, logits.device, logits.dtype).T).split(bits, 1)
+            # d log p = q d logit, d log q = -p d logit, d entropy = -logit p q d logit
+            gradient = (positive - of_entropy * logits * p) * q - negative * p
+            return gradient / tokens
 
 
 @contextlib.contextmanager

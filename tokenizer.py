@@ -138,8 +138,8 @@ class Upsampler(nn.Module):
 
     def forward(self, x):
         # Released weights: the 4 C channels are ordered (row, column, channel), not as in PixelShuffle.
-        x = self.conv1(x).unflatten(1, (2, 2, -1))  # (B, 4 C, h, w) -> (B, row, column, C, h, w)
-        x = x.permute(0, 4, 1, 5, 2, 3).flatten(3, 4).flatten(1, 2)  # -> (B, h, row, w, column, C) -> (B, 2 h, 2 w, C)
+        x = self.conv1(x).movedim(1, -1).unflatten(-1, (2, 2, -1))  # (B, 4 C, h, w) -> (B, h, w, row, column, C)
+        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, h, row, w, column, C) -> (B, 2 h, 2 w, C)
         return fast_layout(x.movedim(-1, 1))
 
 
