@@ -250,5 +250,5 @@ def changed_settings(old, new, may_change):
     return ", ".join(
         f"--{name.replace('_', '-')} was {old.get(name)}, is {value}"
         for name, value in new.items()
-        if name not in may_change and old.get(name) != value
+        if name not in may_change and old.get(name, False) != value  # a flag younger than the file was off
     )
