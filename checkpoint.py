@@ -248,7 +248,7 @@ def load_latest(rt, folder, kind):
 def changed_settings(old, new, may_change):
     """What differs between a checkpoint's settings and the present ones, as a line; "" where nothing that matters."""
     return ", ".join(
-        f"--{name.replace('_', '-')} was {old.get(name)}, is {value}"
+        f"--{name.replace('_', '-')} was {old.get(name, False)}, is {value}"  # a flag younger than the file was off
         for name, value in new.items()
-        if name not in may_change and old.get(name, False) != value  # a flag younger than the file was off
+        if name not in may_change and old.get(name, False) != value
     )

@@ -144,6 +144,15 @@ def test_changed_settings_stop_a_resume(whole):
     assert "--lr was 0.001, is 0.01" in line and "--seed was 0, is 3" in line
 
 
+def test_a_flag_younger_than_the_checkpoint_was_off(whole, tmp_path):
+    state = final(whole)
+    del state["settings"]["global_entropy"]
+    torch.save(state, tmp_path / "step_00000008.pt")
+    assert "resumed" in run("train_tokenizer.py", *TINY, "--out", tmp_path).stdout
+    line = fails_with_one_line("train_tokenizer.py", *TINY, "--global-entropy", "--out", tmp_path)
+    assert "--global-entropy was False, is True" in line
+
+
 def test_non_finite_loss_stops_and_names_the_step(tmp_path):
     process = run("train_tokenizer.py", *TINY, "--lr", 1e30, "--out", tmp_path, code=2)
     assert "non-finite at step 2" in process.stderr and "step_00000001.pt" in process.stderr
