@@ -75,9 +75,10 @@ def report(rt):
         devices = f"{count} x {kind}: "
         devices += ", ".join(f"{one.name} ({one.total_memory / 2**30:.1f} GiB)" for one in each)
         compiler = "triton" if has_triton() else None
-        if rt.world < count:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if here < count:
             notes.append(
-                f"{rt.world} process(es) use {rt.world} device(s): torchrun --nproc_per_node={count}"
+                f"{here} process(es) for {count} devices: launch torchrun with --nproc_per_node={count}"
             )
     if not compiler:
         notes.append(f"torch.compile needs {'a C++ compiler' if kind == 'cpu' else 'triton'}")

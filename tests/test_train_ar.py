@@ -125,6 +125,16 @@ def test_a_sharded_run_equals_a_plain_one(whole, sharded):
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
 
 
+def test_sharded_gradients_accumulate(flags, tmp_path):
+    smaller = [*flags, "--micro-batch", 2, "--steps", 3, "--eval-every", 9]
+    run("train_ar.py", *smaller, "--out", tmp_path / "plain")
+    done = run("train_ar.py", *smaller, "--shard", "--out", tmp_path / "sharded", processes=2)
+    assert "2 process(es) x 2 x 2 accumulated" in done.stdout
+    ours, theirs = (read_weights(tmp_path / name / "step_00000003.pt") for name in ("sharded", "plain"))
+    assert_close(ours["model"], theirs["model"])
+    assert_close(ours["optimizer"], theirs["optimizer"])
+
+
 def test_a_sharded_run_goes_on_in_one_process(whole, sharded, flags, tmp_path):
     shutil.copy(sharded / "step_00000007.pt", tmp_path)
     assert "at step 7" in run("train_ar.py", *flags, "--out", tmp_path).stdout
