@@ -111,8 +111,8 @@ def _exactly(device):
 
 
 class _MeanOverRanks(torch.autograd.Function):
-    """The mean of a tensor over all processes. Backward hands the gradient on as it is: every process has the same
-    one, of which 1/world is its share, and that 1/world is in the average over processes that DDP takes anyway."""
+    """The mean of a tensor over all processes. Backward hands the gradient on as it is: every process has the
+    same one, of which 1/world is its share, and DDP's average over processes brings that 1/world anyway."""
 
     @staticmethod
     def forward(ctx, x):
@@ -136,9 +136,9 @@ def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     `sample_entropy`, mean over tokens; `codebook_entropy`, -sum_c pbar_c log(pbar_c + eps) of the mean assignment pbar
     (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18: as published).
 
-    global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally many.
-    The gradient is then right once it is averaged over processes, as DistributedDataParallel does: that average is
-    the gradient of one process that holds all the tokens.
+    global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally
+    many. The gradient is then right once it is averaged over processes, as DistributedDataParallel does: that
+    average is the gradient of one process that holds all the tokens.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -157,7 +157,7 @@ class LFQ(nn.Module):
     - `indices` (B, h, w) int64, little-endian;
     - `losses`: scalars `sample_entropy`, `codebook_entropy`, `entropy` (their difference) and `commitment`
       (mean of (z - sign)^2, target detached). All zero in eval mode.
-    `global_batch`, off unless set: the codebook entropy is that of all processes' tokens, see `entropy_terms`.
+    `global_batch`, off unless set: codebook entropy of all processes' tokens, see `entropy_terms`.
     """
 
     def __init__(self, bits=18, temperature=0.01, eps=1e-5):

@@ -1,4 +1,4 @@
-"""What `python runtime.py` prints: the machine as the scripts see it, what it lacks, whether all processes add up.
+"""What `python runtime.py` prints: the machine as scripts see it, what it lacks, whether processes add up.
 
 python runtime.py                                    # this machine
 torchrun --nproc_per_node=8 runtime.py               # also a second of all-reduces over all processes
@@ -32,8 +32,9 @@ def main():
     args = arguments.parse_args()
     world, host, port = (os.environ.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     hint = (
-        f"Check that every host runs the same command, that {host}, port {port}, can be reached from all of them, that "
-        f"NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface between them, and what the others print"
+        f"Check that every host runs the same command, that {host}, port {port}, can be reached from all of "
+        f"them, that NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface between them, "
+        f"and what the others print"
     )
     late = f"not all of the {world} processes answered within {args.timeout:g} s. {hint}"
     # A thread of its own, because a process that waits inside a collective listens to nothing else.
@@ -95,7 +96,8 @@ def report(rt):
         "precisions": ", ".join(name for name in runtime.PRECISIONS if multiplies(rt, name)),
         "torch.compile": f"yes, with {compiler}" if compiler else "no",
         "cores": f"{cores}; torch uses {torch.get_num_threads()} in a process",
-        "free disk": f"{runtime.free_gib('.'):.1f} GiB in {Path.cwd()}, {runtime.free_gib(hub_disk):.1f} in {hub}",
+        "free disk": f"{runtime.free_gib('.'):.1f} GiB in {Path.cwd()}, "
+        f"{runtime.free_gib(hub_disk):.1f} GiB in {hub}",
     }
     for name, value in [*lines.items(), *(("note", note) for note in notes)]:
         rt.say(f"{name:<14} {value}")
@@ -143,8 +145,8 @@ def check_processes(rt):
     at_fault = [f"{rank} ({host})" for rank, (host, wrong) in enumerate(places) if wrong]
     if at_fault:
         raise runtime.UserError(
-            f"the all-reduce gives a wrong sum on rank {', '.join(at_fault)}: a device, the network or a driver is at "
-            f"fault; with NCCL, try NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 to find out which"
+            f"the all-reduce gives a wrong sum on rank {', '.join(at_fault)}: a device, the network or a "
+            f"driver is at fault; with NCCL, try NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 to find out which"
         )
     tensor.zero_()  # or the sums would soon overflow
     long = seconds(tensor, max(1, min(100, int(0.5 / first))))

@@ -100,7 +100,7 @@ def parse(argv=None):
     add(
         "--checkpoint-activations",
         action="store_true",
-        help="keep only each block's input and run the block again in the backward pass: a third more arithmetic",
+        help="keep only each block's input and run it again in the backward pass: a third more arithmetic",
     )
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/ar", help="the run's folder")
@@ -201,7 +201,7 @@ def main():
         + (f"; resumed {path} at step {first}" if state else "")
     )
     del state
-    # A sharded model reduces gradients itself, with every micro-batch: to wait would keep them whole on each device.
+    # A sharded model reduces gradients itself, every micro-batch's: waiting would keep them whole everywhere.
     replicated = rt.world > 1 and not args.shard
     step_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if replicated else model
 
@@ -300,7 +300,7 @@ def validation_losses(rt, model, codes, parts, args):
     sums, number = torch.zeros(2, dtype=torch.float64), 0
     for first in range(0, math.ceil(count / rt.world), args.micro_batch):
         entries = [(0, index) for index in mine[first : first + args.micro_batch]]
-        # A sharded model needs all ranks in every forward: one without a picture left takes any, and counts none.
+        # A sharded model needs all ranks in every forward: one with no picture left takes any, counting none.
         counted, entries = len(entries), entries or [(0, 0)]
         indices, labels = (part.to(rt.device) for part in codes.batch(entries, args.seed))
         sub_indices = split_indices(indices, parts)

@@ -99,7 +99,7 @@ def parse(argv=None):
     add(
         "--global-entropy",
         action="store_true",
-        help="codebook entropy of the devices' micro-batches of the same number together, instead of each one's own; "
+        help="codebook entropy of all devices' micro-batches of the same number together, not of each one's; "
         "accumulated micro-batches stay apart",
     )
     add = arguments.add_argument_group("schedule").add_argument
