@@ -247,8 +247,9 @@ def load_latest(rt, folder, kind):
 
 def changed_settings(old, new, may_change):
     """What differs between a checkpoint's settings and the present ones, as a line; "" where nothing that matters."""
+    # A flag younger than the checkpoint was off in it.
     return ", ".join(
-        f"--{name.replace('_', '-')} was {old.get(name)}, is {value}"
+        f"--{name.replace('_', '-')} was {old.get(name, False)}, is {value}"
         for name, value in new.items()
-        if name not in may_change and old.get(name) != value
+        if name not in may_change and old.get(name, False) != value
     )

@@ -14,6 +14,7 @@ import contextlib
 import functools
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import logsigmoid
 
@@ -109,7 +110,22 @@ def _exactly(device):
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def entropy_terms(z, temperature=0.01, eps=1e-5):
+class _MeanOverRanks(torch.autograd.Function):
+    """The mean of a tensor over all processes. Backward hands the gradient on as it is: every process has the
+    same one, of which 1/world is its share, and DDP's average over processes brings that 1/world anyway."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     """Entropy of the soft assignment of tokens to all 2^K codes, without the (N, 2^K) table.
 
     The assignment of a token is softmax over codes c of 2 z.c / temperature. It factorises over bits: bit i is +1
@@ -119,10 +135,16 @@ def entropy_terms(z, temperature=0.01, eps=1e-5):
     z: (N, K) latents; computed in float32 at least (float64 stays), whatever autocast says. Returns two scalars, in nats:
     `sample_entropy`, mean over tokens; `codebook_entropy`, -sum_c pbar_c log(pbar_c + eps) of the mean assignment pbar
     (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18: as published).
+
+    global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally
+    many. The gradient is then right once it is averaged over processes, as DistributedDataParallel does: that
+    average is the gradient of one process that holds all the tokens.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         sample_entropy, mean_assignment = _SoftAssignment.apply(4 * z / temperature)
+        if global_batch and dist.is_initialized():
+            mean_assignment = _MeanOverRanks.apply(mean_assignment)
         codebook_entropy = -(mean_assignment * torch.log(mean_assignment + eps)).sum()
     return sample_entropy, codebook_entropy
 
@@ -135,11 +157,12 @@ class LFQ(nn.Module):
     - `indices` (B, h, w) int64, little-endian;
     - `losses`: scalars `sample_entropy`, `codebook_entropy`, `entropy` (their difference) and `commitment`
       (mean of (z - sign)^2, target detached). All zero in eval mode.
+    `global_batch`, off unless set: codebook entropy of all processes' tokens, see `entropy_terms`.
     """
 
     def __init__(self, bits=18, temperature=0.01, eps=1e-5):
         super().__init__()
-        self.bits, self.temperature, self.eps = bits, temperature, eps
+        self.bits, self.temperature, self.eps, self.global_batch = bits, temperature, eps, False
 
     def forward(self, z):
         signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
@@ -148,7 +171,7 @@ class LFQ(nn.Module):
         losses = dict.fromkeys(("entropy", "sample_entropy", "codebook_entropy", "commitment"), zero)
         if self.training:
             tokens = z.movedim(1, -1).reshape(-1, self.bits)  # (B, K, h, w) -> (N, K)
-            sample, codebook = entropy_terms(tokens, self.temperature, self.eps)
+            sample, codebook = entropy_terms(tokens, self.temperature, self.eps, self.global_batch)
             commitment = (z.to(sample.dtype) - signs.detach().to(sample.dtype)).square().mean()
             losses = {
                 "entropy": sample - codebook,

@@ -22,6 +22,7 @@ import runtime
 from ar_model import AR_SIZES, ARTransformer, cross_entropies, learning_rate
 from checkpoint import changed_settings, load_latest, save_checkpoint
 from lfq import split_indices
+from sharding import rerun_in_backward, shard, shard_optimizer_state, unsharded, whole
 from tokenizer import load_tokenizer
 
 # The paper's settings for B, L and XL. tiny is ours, for a CPU.
@@ -56,7 +57,7 @@ MAY_CHANGE = {
     "eval_every",
     "eval_pictures",
 }
-MAY_CHANGE |= {"allow_changes", "micro_batch", "preset"}
+MAY_CHANGE |= {"allow_changes", "micro_batch", "preset", "shard", "checkpoint_activations"}
 
 
 def parse(argv=None):
@@ -90,6 +91,17 @@ def parse(argv=None):
     add("--lr", type=float, help="peak learning rate of AdamW")
     add("--warmup-epochs", type=float, help="epochs of linear warm-up from 0.005 of the peak")
     add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
+    add = arguments.add_argument_group("memory").add_argument
+    add(
+        "--shard",
+        action="store_true",
+        help="spread weights, gradients and optimizer over the processes (FSDP2); the files stay the same",
+    )
+    add(
+        "--checkpoint-activations",
+        action="store_true",
+        help="keep only each block's input and run it again in the backward pass: a third more arithmetic",
+    )
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/ar", help="the run's folder")
     add("--log-every", type=int, default=50, help="steps between log lines")
@@ -125,6 +137,10 @@ def main():
     args = parse()
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
+    if args.shard and rt.world == 1:
+        raise runtime.UserError(
+            "--shard spreads the model over processes and here is one; launch with torchrun, or leave it out"
+        )
     accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
 
     # Data and model
@@ -141,13 +157,7 @@ def main():
         num_classes=len(codes.classes),
     )
     runtime.seed_everything(args.seed)
-    model = ARTransformer(config).to(rt.device)
-    # The published code makes two groups, but its schedule then writes the decay into both: all parameters decay.
-    fused = rt.device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, fused=fused
-    )
-    scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
+    model = ARTransformer(config)
     epoch_steps = math.ceil(len(codes) / args.global_batch)
     total = args.steps or args.epochs * epoch_steps
     warmup = round(args.warmup_epochs * epoch_steps)
@@ -165,9 +175,24 @@ def main():
                 f"{path}: {changed}; use those settings, another --out, or --allow-changes"
             )
         model.load_state_dict(state["model"])
+        first = state["step"]
+
+    # Device and optimizer
+    if args.checkpoint_activations:
+        for block in [*model.spatial_blocks, *model.factorized_blocks]:
+            rerun_in_backward(block)
+    shard(rt, model, args.precision) if args.shard else model.to(rt.device)
+    # The published code makes two groups, but its schedule then writes the decay into both: all parameters decay.
+    fused = rt.device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, fused=fused
+    )
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
+    if state:
+        if args.shard:
+            shard_optimizer_state(state["optimizer"], list(model.parameters()))
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"]) if scaler.is_enabled() else None
-        first = state["step"]
     runtime.open_run(rt, out, settings)
     parameters = sum(p.numel() for p in model.parameters())
     rt.say(
@@ -176,14 +201,20 @@ def main():
         + (f"; resumed {path} at step {first}" if state else "")
     )
     del state
-    step_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if rt.world > 1 else model
+    # A sharded model reduces gradients itself, every micro-batch's: waiting would keep them whole everywhere.
+    replicated = rt.world > 1 and not args.shard
+    step_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if replicated else model
 
     def save(step):
         guard.check(rt, path)
         carried = {"config": dataclasses.asdict(tokenizer.config), "state": tokenizer.state_dict()}
         content = {"kind": "ar", "step": step, "config": dataclasses.asdict(config), "settings": settings}
-        content |= {"model": model.state_dict(), "class_names": codes.classes, "tokenizer": carried}
-        content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        content |= {
+            "model": whole(rt, model.state_dict()),
+            "class_names": codes.classes,
+            "tokenizer": carried,
+        }
+        content |= {"optimizer": whole(rt, optimizer.state_dict()), "scaler": scaler.state_dict()}
         saved = save_checkpoint(out, content, keep_every=args.keep_every) if rt.main else path
         return rt.share(saved)
 
@@ -196,7 +227,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Forward and backward, micro-batch by micro-batch; gradients travel with the last one only
+        # Forward and backward, micro-batch by micro-batch; DDP's gradients travel with the last one only
         terms = []
         for i in range(accumulation):
             number = rt.rank * accumulation + i  # of this micro-batch within the global batch
@@ -206,7 +237,7 @@ def main():
             )
             sub_indices = split_indices(indices, parts)
             runtime.seed_everything(args.seed, step, number)  # class dropout and dropout
-            syncing = i == accumulation - 1 or rt.world == 1
+            syncing = i == accumulation - 1 or not replicated
             with contextlib.nullcontext() if syncing else step_model.no_sync():
                 with runtime.autocast(rt.device, args.precision):
                     logits = step_model(sub_indices, labels)
@@ -217,6 +248,7 @@ def main():
         # One step
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = norm.full_tensor() if args.shard else norm
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -241,8 +273,10 @@ def main():
             if val_codes:
                 pre, post = validation_losses(rt, model, val_codes, parts, args)
                 log.note(done, val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)
+            drawing = unsharded(rt, model) if args.shard else model
             if rt.main:
-                show_samples(rt, model, tokenizer, args, out / "samples" / f"step_{done:08d}.png")
+                show_samples(rt, drawing, tokenizer, args, out / "samples" / f"step_{done:08d}.png")
+            del drawing
             rt.barrier()
             model.train()
         leaving = stop.agreed() and done < total
@@ -264,14 +298,16 @@ def validation_losses(rt, model, codes, parts, args):
     count = min(args.eval_pictures, len(codes))
     mine = torch.linspace(0, len(codes) - 1, count).long().tensor_split(rt.world)[rt.rank].tolist()
     sums, number = torch.zeros(2, dtype=torch.float64), 0
-    for first in range(0, len(mine), args.micro_batch):
+    for first in range(0, math.ceil(count / rt.world), args.micro_batch):
         entries = [(0, index) for index in mine[first : first + args.micro_batch]]
+        # A sharded model needs all ranks in every forward: one with no picture left takes any, counting none.
+        counted, entries = len(entries), entries or [(0, 0)]
         indices, labels = (part.to(rt.device) for part in codes.batch(entries, args.seed))
         sub_indices = split_indices(indices, parts)
         with runtime.autocast(rt.device, args.precision):
             logits = model(sub_indices, labels)
-        sums += torch.stack(cross_entropies(logits, sub_indices)).double().cpu() * len(entries)
-        number += len(entries)
+        sums += torch.stack(cross_entropies(logits, sub_indices)).double().cpu() * counted
+        number += counted
     *sums, number = rt.reduce([*sums.tolist(), number])
     return [value / number for value in sums]
 

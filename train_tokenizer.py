@@ -96,6 +96,12 @@ def parse(argv=None):
     add("--gan-weight", type=float, help="weight of the adversarial term; 0: no discriminator at all")
     add("--lecam-weight", type=float, help="weight of LeCAM in the discriminator's loss")
     add("--entropy-weight", type=float, help="weight of the entropy term")
+    add(
+        "--global-entropy",
+        action="store_true",
+        help="codebook entropy of all devices' micro-batches of the same number together, not of each one's; "
+        "accumulated micro-batches stay apart",
+    )
     add = arguments.add_argument_group("schedule").add_argument
     add("--global-batch", type=int, help="pictures a step, over all devices")
     add("--micro-batch", type=int, help="pictures a device at once; accumulation is derived")
@@ -144,6 +150,7 @@ def main():
     runtime.seed_everything(args.seed)
     config = TokenizerConfig(args.channels, tuple(args.multipliers), args.blocks, args.bits)
     tokenizer = Tokenizer(config).to(rt.device)
+    tokenizer.quantizer.global_batch = args.global_entropy
     if args.size % config.factor:
         raise runtime.UserError(
             f"--size {args.size} is not a multiple of {config.factor}, the tokenizer's factor"

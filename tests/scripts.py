@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +59,19 @@ def start(script, *flags, processes=1):
         env=environment(),
         start_new_session=True,
     )
+
+
+def on_two_ranks(worker, folder, *inputs):
+    """Run worker(rank, *inputs), a function of a test module, in two processes that form a gloo group."""
+    store = folder / "store"
+    torch.multiprocessing.spawn(_joined, (worker, str(store), *inputs), nprocs=2)
+
+
+def _joined(rank, worker, store, *inputs):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    worker(rank, *inputs)
+    dist.destroy_process_group()
 
 
 def log_lines(folder, *without):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from golden_files import load, relative
+from scripts import on_two_ranks
 
 import lfq
 
@@ -84,6 +85,31 @@ def test_entropy_memory_is_not_tokens_times_codes():
 
     assert largest(64) == 2**18
     assert largest(1024) <= 1024 * 2**10
+
+
+def _half_of_the_tokens(rank, z, theirs):
+    """Each rank's gradient, averaged as DDP does, is the gradient of one process with both ranks' tokens."""
+    mine = z[rank * 8 : rank * 8 + 8].clone().requires_grad_()
+    sample, codebook = lfq.entropy_terms(mine, global_batch=True)
+    assert codebook.item() == pytest.approx(theirs["codebook"].item(), rel=1e-12)
+    means = torch.stack([sample.detach(), codebook.detach()])
+    torch.distributed.all_reduce(means)
+    assert means[0].item() / 2 == pytest.approx(theirs["sample"].item(), rel=1e-12)
+    (gradient,) = torch.autograd.grad(sample - codebook, mine)
+    # DDP's average halves what each rank adds to a weight's gradient.
+    assert relative(gradient / 2, theirs["gradient"][rank * 8 : rank * 8 + 8]) < 1e-9
+    (own,) = torch.autograd.grad(sum(lfq.entropy_terms(mine)), mine)
+    assert relative(own / 2, theirs["gradient"][rank * 8 : rank * 8 + 8]) > 0.1  # and another one without
+
+
+def test_global_entropy_of_two_ranks_is_that_of_one_with_both_batches(tmp_path):
+    torch.manual_seed(0)
+    z = (torch.randn(16, 10, dtype=torch.float64) * 0.01).requires_grad_()
+    sample, codebook = lfq.entropy_terms(z)
+    (gradient,) = torch.autograd.grad(sample - codebook, z)
+    theirs = {"sample": sample, "codebook": codebook, "gradient": gradient}
+    on_two_ranks(_half_of_the_tokens, tmp_path, z.detach(), {k: v.detach() for k, v in theirs.items()})
+    assert torch.equal(lfq.entropy_terms(z, global_batch=True)[1], codebook)  # alone there is nobody to ask
 
 
 def test_entropy_ignores_autocast():

@@ -96,6 +96,29 @@ def test_two_processes_equal_two_micro_batches(whole, tmp_path):
         assert ours["lecam"][name].item() == pytest.approx(theirs["lecam"][name].item(), rel=1e-6)
 
 
+def test_global_entropy_of_two_processes_is_that_of_one_large_micro_batch(tmp_path):
+    # No discriminator: its BatchNorm is per device and would see the two halves apart.
+    flags = [*TINY, "--gan-weight", 0, "--entropy-weight", 1, "--steps", 1]
+    found = {}
+    for name, processes, more in [
+        ("one", 1, ["--micro-batch", 8]),
+        ("two", 2, ["--global-entropy"]),
+        ("own", 2, []),
+    ]:
+        run("train_tokenizer.py", *flags, *more, "--out", tmp_path / name, processes=processes)
+        state = read_weights(tmp_path / name / "step_00000001.pt")["optimizer_tokenizer"]["state"]
+        # Adam's first mean is half the first gradient.
+        found[name] = (
+            log_lines(tmp_path / name)[0],
+            torch.cat([entry["exp_avg"].flatten() for entry in state.values()]),
+        )
+    line, gradient = found["one"]
+    assert found["two"][0] == pytest.approx(line, rel=1e-6)
+    assert (found["two"][1] - gradient).norm() < 1e-5 * gradient.norm()
+    assert found["own"][0]["codebook_entropy"] != pytest.approx(line["codebook_entropy"], rel=1e-3)
+    assert (found["own"][1] - gradient).norm() > 1e-2 * gradient.norm()
+
+
 def initial_weights():
     import runtime
     from losses import PatchDiscriminator
@@ -119,6 +142,15 @@ def test_lpips_from_a_file(tmp_path):
 def test_changed_settings_stop_a_resume(whole):
     line = fails_with_one_line("train_tokenizer.py", *TINY, "--lr", 1e-2, "--seed", 3, "--out", whole)
     assert "--lr was 0.001, is 0.01" in line and "--seed was 0, is 3" in line
+
+
+def test_a_flag_younger_than_the_checkpoint_was_off(whole, tmp_path):
+    state = final(whole)
+    del state["settings"]["global_entropy"]
+    torch.save(state, tmp_path / "step_00000008.pt")
+    assert "resumed" in run("train_tokenizer.py", *TINY, "--out", tmp_path).stdout
+    line = fails_with_one_line("train_tokenizer.py", *TINY, "--global-entropy", "--out", tmp_path)
+    assert "--global-entropy was False, is True" in line
 
 
 def test_non_finite_loss_stops_and_names_the_step(tmp_path):
