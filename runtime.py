@@ -75,6 +75,13 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gather(self, thing):
+        """Every rank's `thing` (any small picklable object), as a list, on every rank."""
+        things = [thing] * self.world
+        if self.world > 1:
+            dist.all_gather_object(things, thing, group=self.control)
+        return things
+
     def barrier(self):
         if self.world > 1:
             dist.barrier(group=self.control)
@@ -231,21 +238,23 @@ class StopSignal:
 
 
 class FiniteGuard:
-    """Remembers, on the device and without waiting for it, the first step whose loss was not finite."""
+    """Remembers, on the device and without waiting for it, the first step whose loss or weights were not finite."""
 
     def __init__(self, device):
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def watch(self, step, loss):
-        bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
-        self.first_bad.masked_fill_(bad, step)
+    def watch(self, step, *tensors):
+        """Look at a step's loss; or, before saving, at all that will be saved."""
+        for tensor in tensors:
+            bad = ~torch.isfinite(tensor.detach()).all() & (self.first_bad < 0)
+            self.first_bad.masked_fill_(bad, step)
 
     def check(self, rt, checkpoint):
         """Call at log intervals and before saving. Raises UserError naming the step and the last good file."""
         first = int(rt.reduce([float(self.first_bad)], "max")[0])
         if first >= 0:
             raise UserError(
-                f"the loss became non-finite at step {first}; last good checkpoint: {checkpoint or 'none yet'}. "
+                f"loss or weights became non-finite at step {first}; last good checkpoint: {checkpoint or 'none yet'}. "
                 f"Lower --lr or use --precision bf16 or fp32, then run again to go on from there"
             )
 
@@ -265,9 +274,7 @@ class RunLog:
             return
         self.path = Path(folder) / "log.jsonl"
         kept = [line for line in _lines(self.path) if line["step"] <= first_step]
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(scratch, self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -339,7 +346,7 @@ def open_run(rt, folder, settings):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-        (folder / "config.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
+        write_json(folder / "config.json", settings)
         rt.say(f"device {rt.device.type} x {rt.world}, torch {torch.__version__}")
         for name, value in settings.items():
             rt.say(f"  {name:<18} {value}")
@@ -348,10 +355,19 @@ def open_run(rt, folder, settings):
 
 
 def write_json(path, content):
-    """Write JSON so that a reader sees the old file or the new one, never half."""
-    scratch = Path(str(path) + ".tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(scratch, path)
+    """Write JSON as `write_text` does; what JSON does not know is written as str() has it."""
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def write_text(path, text):
+    """Write a text so that a reader sees the old file or the new one, never half; nothing is left of a failure."""
+    scratch = Path(f"{path}.tmp")
+    try:
+        scratch.write_text(text)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def free_gib(folder):

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import runtime
 from ar_model import AR_SIZES, ARTransformer, cross_entropies, learning_rate
-from checkpoint import changed_settings, load_latest, save_checkpoint
+from checkpoint import changed_settings, hash_of, load_latest, restore, save_checkpoint
 from lfq import split_indices
 from tokenizer import load_tokenizer
 
@@ -118,7 +118,13 @@ def open_caches(args):
         raise runtime.UserError(f"{args.val_codes} has other classes than {args.codes}")
     if codes.grid[0] != codes.grid[1]:
         raise runtime.UserError(f"{args.codes} holds a {codes.grid} grid; the transformer wants a square one")
-    return codes, val_codes, load_tokenizer(Path(args.codes) / "tokenizer.pt")
+    path = Path(args.codes) / "tokenizer.pt"
+    tokenizer = load_tokenizer(path)
+    if hash_of(tokenizer.state_dict()) != codes.manifest["tokenizer_hash"]:
+        raise runtime.UserError(
+            f"{path} is not the tokenizer that made these codes; encode {args.codes} again"
+        )
+    return codes, val_codes, tokenizer
 
 
 def main():
@@ -164,7 +170,7 @@ def main():
             raise runtime.UserError(
                 f"{path}: {changed}; use those settings, another --out, or --allow-changes"
             )
-        model.load_state_dict(state["model"])
+        restore(model, state, "model", path)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"]) if scaler.is_enabled() else None
         first = state["step"]
@@ -179,6 +185,7 @@ def main():
     step_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if rt.world > 1 else model
 
     def save(step):
+        guard.watch(step, *model.state_dict().values())
         guard.check(rt, path)
         carried = {"config": dataclasses.asdict(tokenizer.config), "state": tokenizer.state_dict()}
         content = {"kind": "ar", "step": step, "config": dataclasses.asdict(config), "settings": settings}
@@ -228,7 +235,8 @@ def main():
         log.tick()
         if done % args.log_every == 0 or done == total:
             guard.check(rt, path)
-            pre, post = rt.reduce(means.tolist(), "mean")
+            # In float64, so that the same numbers are logged whatever the number of processes
+            pre, post = rt.reduce(torch.stack(terms).cpu().double().mean(0).tolist(), "mean")
             log.line(
                 done,
                 loss=pre + post,

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 import runtime
-from checkpoint import changed_settings, load_latest, save_checkpoint
+from checkpoint import changed_settings, load_latest, restore, save_checkpoint
 from fid import psnr
 from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig
 
@@ -183,8 +183,8 @@ def main():
                 f"{path}: {changed}; use those settings, another --out, or --allow-changes"
             )
         for name, module in trained.items():
-            module.load_state_dict(state[name])
-            average[name].load_state_dict(state[f"{name}_ema"])
+            restore(module, state, name, path)
+            restore(average[name], state, f"{name}_ema", path)
             optimizers[name].load_state_dict(state[f"optimizer_{name}"])
         lecam.load_state_dict(state["lecam"])
         scaler.load_state_dict(state["scaler"]) if scaler.is_enabled() else None
@@ -211,6 +211,7 @@ def main():
         return contextlib.nullcontext() if last or not wrapped else module.no_sync()
 
     def save(step):
+        guard.watch(step, *trained.state_dict().values(), *average.state_dict().values())
         guard.check(rt, path)
         content = {"kind": "tokenizer", "step": step, "config": asdict(config), "settings": settings}
         for name, module in trained.items():
@@ -308,7 +309,7 @@ def main():
             )
             break
     log.close()
-    rt.say(bad.report())
+    rt.say(bad.report(rt.gather(bad.seen)))
     rt.say(f"checkpoint {path or 'none'}; pictures in {out / 'samples'}")
 
 
@@ -330,7 +331,9 @@ def evaluate(rt, tokenizer, pictures, args, grid_path):
         shown = torch.cat([images[:8], rebuilt[:8]]) if shown is None else shown
         values = psnr(images, rebuilt)
         finite = torch.as_tensor(values).isfinite()  # an exact copy has no finite PSNR to average
-        total, number = total + float(values[finite].sum()), number + int(finite.sum())
+        # float32 values add up exactly in float64: the same mean whatever the number of processes
+        total += float(values[finite].float().double().sum())
+        number += int(finite.sum())
         seen[indices.flatten().cpu()] = 1
     if rt.main and shown is not None:
         grid_path.parent.mkdir(exist_ok=True)
