@@ -5,6 +5,7 @@ Every script of this project starts with `runtime.start()` and so runs unchanged
 """
 
 import argparse
+import ctypes
 import datetime
 import errno
 import json
@@ -14,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +97,10 @@ class Runtime:
 
 def start():
     """Pick this process's device and, under torchrun, join the process group. Returns a `Runtime`."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # Where torchrun is killed by SIGKILL, its ranks would train on, beside the run that is started next.
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
@@ -180,19 +186,24 @@ def parse_with_presets(arguments, presets, argv=None):
 
 
 def run_script(main):
-    """Run a script's main(); a UserError or a full disk ends in one line and exit code 2, no traceback."""
+    """Run a script's main(); a UserError or a full disk ends in one line and exit code 2, no traceback.
+
+    Whatever ends it, the process leaves at once: others may wait inside a collective for this one (torchrun then
+    ends them), and Python would wait at its exit for loader processes, which leave signals to this process.
+    """
     try:
         main()
     except UserError as error:
         _fail(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        _fail(
-            f"the disk is full: could not write {error.filename or 'a file'}; free some space and run again"
-        )
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            name = error.filename or "a file"
+            _fail(f"the disk is full: could not write {name}; free some space and run again")
+        _fail(traceback.format_exc(), code=1)
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
+    except Exception:  # noqa: BLE001 (every other one, with its traceback)
+        _fail(traceback.format_exc(), code=1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -202,7 +213,6 @@ def _fail(message, code=2):
     where = f" [rank {rank}]" if rank else ""
     print(f"{Path(sys.argv[0]).name}{where}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    # Other ranks may be waiting inside a collective for this one: leave at once, torchrun ends them.
     os._exit(code)
 
 
