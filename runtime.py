@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 # torch.accelerator names the device; this is all that differs between vendors. Ascend: torch_npu registers
 # itself with torch when torch is imported.
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: checkpoints and evaluations are waited for in one
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -119,11 +121,39 @@ def start():
         backend = BACKENDS[device.type]
         dist.init_process_group(
             backend,
-            timeout=datetime.timedelta(minutes=30),
+            store=_fresh_store(rank, world),
+            rank=rank,
+            world_size=world,
+            timeout=TIMEOUT,
             device_id=None if device.type == "cpu" else device,
         )
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
     return Runtime(device, rank, world, local_rank, control)
+
+
+def _fresh_store(rank, world):
+    """The store through which this launch's ranks find one another.
+
+    torchrun keeps one store over all its restarts, and restarted ranks would find in it the addresses of those before
+    them, and fail or wait for them. So rank 0 offers a prefix that was never used, the others answer with a name of
+    their own, and an offer whose list of answers lacks that name is an old one.
+    """
+    store = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))[0]
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("offer", mine)
+        names = [store.get(f"{mine}/{other}").decode() for other in range(1, world)]  # waits for each
+        store.set(f"{mine}/names", " ".join(names))
+        return dist.PrefixStore(mine, store)
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        offer = store.get("offer").decode()
+        store.set(f"{offer}/{rank}", mine)
+        while store.get("offer").decode() == offer and time.monotonic() < deadline:
+            if store.check([f"{offer}/names"]) and mine in store.get(f"{offer}/names").decode():
+                return dist.PrefixStore(offer, store)
+            time.sleep(0.02)
+    raise UserError(f"rank {rank} found no others within {TIMEOUT}; see to the other processes and run again")
 
 
 def autocast(device, precision):
