@@ -135,10 +135,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, rotary, cache=None, start=0):
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (rows, N, 3 d) -> three of (rows, H, N, D)
-            for part in self.wqkv(x).chunk(3, -1)
-        )
+        # (rows, N, 3 d) -> three of (rows, H, N, D)
+        query, key, value = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:
             cache[0, :, :, start], cache[1, :, :, start] = key[:, :, 0], value[:, :, 0]

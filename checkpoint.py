@@ -7,6 +7,7 @@
 """
 
 import collections
+import hashlib
 import os
 import pickle
 import re
@@ -132,6 +133,15 @@ def match(found, expected, source, what):
         raise UserError(f"{source} does not hold {what}: {'; '.join(faults[:3])}{more}")
 
 
+def hash_of(state):
+    """sha256 over a state dict's names and bytes, in order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Finding
 
@@ -176,12 +186,20 @@ def locate(name_or_path, released):
 
 
 def checkpoints(folder):
-    """The checkpoints of a run, oldest first."""
-    return sorted(Path(folder).glob("step_*.pt"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
+    """The checkpoints of a run, oldest first. A step_best.pt that someone put beside them is none of ours."""
+    found = [path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_[0-9]+", path.stem)]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path):
+    return int(path.stem.removeprefix("step_"))
 
 
 def write_atomically(path, content):
-    """torch.save under a temporary name, fsync, rename: readers see the old file or the whole new one."""
+    """torch.save under a temporary name, fsync, rename: readers see the old file or the whole new one.
+
+    Raises UserError where the disk is full or cannot be written to; nothing is left then.
+    """
     path = Path(path)
     scratch = path.with_name(path.name + ".tmp")
     try:
@@ -192,10 +210,14 @@ def write_atomically(path, content):
         os.replace(scratch, path)
     except BaseException as error:
         scratch.unlink(missing_ok=True)
-        if (
-            isinstance(error, RuntimeError) and "write" in str(error).lower()
-        ):  # torch's word for a failed write
-            raise UserError(f"could not write {path}: is the disk full?") from None
+        # torch.save stumbles over its own half-written file and hides the reason behind a RuntimeError.
+        reason = error
+        while reason is not None and not isinstance(reason, OSError):
+            reason = reason.__context__
+        if reason is not None:
+            raise UserError(
+                f"could not write {path}: {reason.strerror}; put that right and run again"
+            ) from None
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the rename itself
@@ -206,11 +228,13 @@ def save_checkpoint(folder, state, keep_last=2, keep_every=0):
     """Write `state` (plain tensors, numbers, strings; with its "step") as folder/step_XXXXXXXX.pt; returns the path.
 
     Keeps the newest `keep_last` files, and for good those whose step is a multiple of `keep_every` (0: none).
+    A file of a later step was passed over as damaged when the run began: it does not count among the newest.
     """
     path = Path(folder) / f"step_{state['step']:08d}.pt"
     write_atomically(path, state)
-    for old in checkpoints(folder)[:-keep_last]:
-        if not (keep_every and int(old.stem[5:]) % keep_every == 0):
+    ours = [old for old in checkpoints(folder) if _step_of(old) <= state["step"]]
+    for old in ours[:-keep_last]:
+        if not (keep_every and _step_of(old) % keep_every == 0):
             old.unlink(missing_ok=True)
     return path
 
@@ -223,6 +247,8 @@ def load_latest(rt, folder, kind):
     """
     chosen, state = None, None
     if rt.main:
+        for scratch in Path(folder).glob("step_*.pt.tmp"):  # a kill in the middle of a save left it
+            scratch.unlink(missing_ok=True)
         for path in reversed(checkpoints(folder)):
             try:
                 state = read_weights(path) if is_intact(path) else None
@@ -243,6 +269,12 @@ def load_latest(rt, folder, kind):
             )
         state = read_weights(chosen)
     return chosen, state
+
+
+def restore(module, state, name, path):
+    """Load entry `name` of the checkpoint `state` into a module; a UserError naming `path` where it does not fit."""
+    match(state.get(name, {}), module.state_dict(), path, f"this run's {name}")
+    module.load_state_dict(state[name])
 
 
 def changed_settings(old, new, may_change):

@@ -242,8 +242,10 @@ class BadPictures:
                 f"cannot be read{examples}; repair or remove them, then run again"
             )
 
-    def report(self):
-        """The closing line."""
+    def report(self, seen_by_all=()):
+        """The closing line. seen_by_all: every rank's `.seen`, where others have read pictures too."""
+        for seen in seen_by_all:
+            self.seen |= seen
         return f"unreadable pictures: {f'{len(self.seen)} ({self._names()})' if self.seen else 'none'}"
 
     def _names(self):

@@ -56,20 +56,11 @@ def parse(argv=None):
     return arguments.parse_args(argv)
 
 
-def hash_of(state):
-    """sha256 over a state dict's names and bytes, in order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def open_writer(rt, args, tokenizer, pictures):
     """This rank's CodeWriter; the main process has made or checked the cache, with the tokenizer in it."""
     names = "\n".join(pictures.name(index) for index in range(len(pictures)))
     settings = {
-        "tokenizer_hash": hash_of(tokenizer.state_dict()),
+        "tokenizer_hash": checkpoint.hash_of(tokenizer.state_dict()),
         "bits": tokenizer.config.bits,
         "grid": [args.size // tokenizer.factor] * 2,
         "size": args.size,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 ENABLED = True  # False: the plain form everywhere, to compare with
 GROUPS, EPS = 32, 1e-6  # of every GroupNorm of the tokenizer
-TILE, WARPS, PROGRAMS = 4096, 8, 2048  # numbers a program takes at once, its warps, programs a launch
+TILE, WARPS, PROGRAMS = 2048, 8, 1024  # numbers a program takes at once, its warps, programs a launch
 
 
 def usable(x):

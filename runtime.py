@@ -5,6 +5,7 @@ Every script of this project starts with `runtime.start()` and so runs unchanged
 """
 
 import argparse
+import ctypes
 import datetime
 import errno
 import json
@@ -14,6 +15,8 @@ import shutil
 import signal
 import sys
 import time
+import traceback
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from tqdm import tqdm
 # torch.accelerator names the device; this is all that differs between vendors. Ascend: torch_npu registers
 # itself with torch when torch is imported.
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: checkpoints and evaluations are waited for in one
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -75,6 +79,13 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gather(self, thing):
+        """Every rank's `thing` (any small picklable object), as a list, on every rank."""
+        things = [thing] * self.world
+        if self.world > 1:
+            dist.all_gather_object(things, thing, group=self.control)
+        return things
+
     def barrier(self):
         if self.world > 1:
             dist.barrier(group=self.control)
@@ -88,6 +99,10 @@ class Runtime:
 
 def start():
     """Pick this process's device and, under torchrun, join the process group. Returns a `Runtime`."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # Where torchrun is killed by SIGKILL, its ranks would train on, beside the run that is started next.
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
@@ -106,11 +121,39 @@ def start():
         backend = BACKENDS[device.type]
         dist.init_process_group(
             backend,
-            timeout=datetime.timedelta(minutes=30),
+            store=_fresh_store(rank, world),
+            rank=rank,
+            world_size=world,
+            timeout=TIMEOUT,
             device_id=None if device.type == "cpu" else device,
         )
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
     return Runtime(device, rank, world, local_rank, control)
+
+
+def _fresh_store(rank, world):
+    """The store through which this launch's ranks find one another.
+
+    torchrun keeps one store over all its restarts, and restarted ranks would find in it the addresses of those before
+    them, and fail or wait for them. So rank 0 offers a prefix that was never used, the others answer with a name of
+    their own, and an offer whose list of answers lacks that name is an old one.
+    """
+    store = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))[0]
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("offer", mine)
+        names = [store.get(f"{mine}/{other}").decode() for other in range(1, world)]  # waits for each
+        store.set(f"{mine}/names", " ".join(names))
+        return dist.PrefixStore(mine, store)
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        offer = store.get("offer").decode()
+        store.set(f"{offer}/{rank}", mine)
+        while store.get("offer").decode() == offer and time.monotonic() < deadline:
+            if store.check([f"{offer}/names"]) and mine in store.get(f"{offer}/names").decode():
+                return dist.PrefixStore(offer, store)
+            time.sleep(0.02)
+    raise UserError(f"rank {rank} found no others within {TIMEOUT}; see to the other processes and run again")
 
 
 def autocast(device, precision):
@@ -126,6 +169,7 @@ def set_precision(rt, precision):
         raise UserError(f"unknown precision '{precision}'; choose one of {', '.join(PRECISIONS)}")
     if precision == "fp16" and rt.device.type == "cpu":
         raise UserError("fp16 needs an accelerator; on a CPU use --precision fp32 or bf16")
+    torch.backends.cudnn.benchmark = True  # convolutions of a few shapes, run often: worth choosing the fastest
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     return precision
 
@@ -173,19 +217,24 @@ def parse_with_presets(arguments, presets, argv=None):
 
 
 def run_script(main):
-    """Run a script's main(); a UserError or a full disk ends in one line and exit code 2, no traceback."""
+    """Run a script's main(); a UserError or a full disk ends in one line and exit code 2, no traceback.
+
+    Whatever ends it, the process leaves at once: others may wait inside a collective for this one (torchrun then
+    ends them), and Python would wait at its exit for loader processes, which leave signals to this process.
+    """
     try:
         main()
     except UserError as error:
         _fail(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        _fail(
-            f"the disk is full: could not write {error.filename or 'a file'}; free some space and run again"
-        )
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            name = error.filename or "a file"
+            _fail(f"the disk is full: could not write {name}; free some space and run again")
+        _fail(traceback.format_exc(), code=1)
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
+    except Exception:  # noqa: BLE001 (every other one, with its traceback)
+        _fail(traceback.format_exc(), code=1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -195,7 +244,6 @@ def _fail(message, code=2):
     where = f" [rank {rank}]" if rank else ""
     print(f"{Path(sys.argv[0]).name}{where}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    # Other ranks may be waiting inside a collective for this one: leave at once, torchrun ends them.
     os._exit(code)
 
 
@@ -211,6 +259,11 @@ def split_batch(global_batch, micro_batch, world):
 
 # ---------------------------------------------------------------------------------------------------------
 # Stopping, logging
+
+
+def should_compile(rt, flag, steps):
+    """Whether to compile: as --compile or --no-compile say; otherwise on a GPU for a run of 500 steps or more."""
+    return rt.device.type == "cuda" and steps >= 500 if flag is None else flag
 
 
 class StopSignal:
@@ -231,21 +284,23 @@ class StopSignal:
 
 
 class FiniteGuard:
-    """Remembers, on the device and without waiting for it, the first step whose loss was not finite."""
+    """Remembers, on the device and without waiting for it, the first step whose loss or weights were not finite."""
 
     def __init__(self, device):
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def watch(self, step, loss):
-        bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
-        self.first_bad.masked_fill_(bad, step)
+    def watch(self, step, *tensors):
+        """Look at a step's loss; or, before saving, at all that will be saved."""
+        for tensor in tensors:
+            bad = ~torch.isfinite(tensor.detach()).all() & (self.first_bad < 0)
+            self.first_bad.masked_fill_(bad, step)
 
     def check(self, rt, checkpoint):
         """Call at log intervals and before saving. Raises UserError naming the step and the last good file."""
         first = int(rt.reduce([float(self.first_bad)], "max")[0])
         if first >= 0:
             raise UserError(
-                f"the loss became non-finite at step {first}; last good checkpoint: {checkpoint or 'none yet'}. "
+                f"loss or weights became non-finite at step {first}; last good checkpoint: {checkpoint or 'none yet'}. "
                 f"Lower --lr or use --precision bf16 or fp32, then run again to go on from there"
             )
 
@@ -265,9 +320,7 @@ class RunLog:
             return
         self.path = Path(folder) / "log.jsonl"
         kept = [line for line in _lines(self.path) if line["step"] <= first_step]
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(scratch, self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -339,7 +392,7 @@ def open_run(rt, folder, settings):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-        (folder / "config.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
+        write_json(folder / "config.json", settings)
         rt.say(f"device {rt.device.type} x {rt.world}, torch {torch.__version__}")
         for name, value in settings.items():
             rt.say(f"  {name:<18} {value}")
@@ -348,10 +401,19 @@ def open_run(rt, folder, settings):
 
 
 def write_json(path, content):
-    """Write JSON so that a reader sees the old file or the new one, never half."""
-    scratch = Path(str(path) + ".tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(scratch, path)
+    """Write JSON as `write_text` does; what JSON does not know is written as str() has it."""
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def write_text(path, text):
+    """Write a text so that a reader sees the old file or the new one, never half; nothing is left of a failure."""
+    scratch = Path(f"{path}.tmp")
+    try:
+        scratch.write_text(text)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def free_gib(folder):

@@ -9,6 +9,7 @@ samples/step_XXXXXXXX.png (one class a row). Running the same command again goes
 very weights of a run never stopped.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import math
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import runtime
 from ar_model import AR_SIZES, ARTransformer, cross_entropies, learning_rate
-from checkpoint import changed_settings, load_latest, save_checkpoint
+from checkpoint import changed_settings, hash_of, load_latest, restore, save_checkpoint
 from lfq import split_indices
 from sharding import rerun_in_backward, shard, shard_optimizer_state, unsharded, whole
 from tokenizer import load_tokenizer
@@ -57,7 +58,7 @@ MAY_CHANGE = {
     "eval_every",
     "eval_pictures",
 }
-MAY_CHANGE |= {"allow_changes", "micro_batch", "preset", "shard", "checkpoint_activations"}
+MAY_CHANGE |= {"compile", "allow_changes", "micro_batch", "preset", "shard", "checkpoint_activations"}
 
 
 def parse(argv=None):
@@ -102,6 +103,11 @@ def parse(argv=None):
         action="store_true",
         help="keep only each block's input and run it again in the backward pass: a third more arithmetic",
     )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the small parts where it pays; default: on a GPU, for runs of 500 steps or more",
+    )
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/ar", help="the run's folder")
     add("--log-every", type=int, default=50, help="steps between log lines")
@@ -130,7 +136,13 @@ def open_caches(args):
         raise runtime.UserError(f"{args.val_codes} has other classes than {args.codes}")
     if codes.grid[0] != codes.grid[1]:
         raise runtime.UserError(f"{args.codes} holds a {codes.grid} grid; the transformer wants a square one")
-    return codes, val_codes, load_tokenizer(Path(args.codes) / "tokenizer.pt")
+    path = Path(args.codes) / "tokenizer.pt"
+    tokenizer = load_tokenizer(path)
+    if hash_of(tokenizer.state_dict()) != codes.manifest["tokenizer_hash"]:
+        raise runtime.UserError(
+            f"{path} is not the tokenizer that made these codes; encode {args.codes} again"
+        )
+    return codes, val_codes, tokenizer
 
 
 def main():
@@ -174,13 +186,17 @@ def main():
             raise runtime.UserError(
                 f"{path}: {changed}; use those settings, another --out, or --allow-changes"
             )
-        model.load_state_dict(state["model"])
+        restore(model, state, "model", path)
         first = state["step"]
 
     # Device and optimizer
     if args.checkpoint_activations:
         for block in [*model.spatial_blocks, *model.factorized_blocks]:
             rerun_in_backward(block)
+    loss_terms = cross_entropies
+    if runtime.should_compile(rt, args.compile, total):
+        model.compile_blocks()
+        loss_terms = torch.compile(cross_entropies, dynamic=False)
     shard(rt, model, args.precision) if args.shard else model.to(rt.device)
     # The published code makes two groups, but its schedule then writes the decay into both: all parameters decay.
     fused = rt.device.type == "cuda"
@@ -206,6 +222,7 @@ def main():
     step_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if replicated else model
 
     def save(step):
+        guard.watch(step, *model.state_dict().values())
         guard.check(rt, path)
         carried = {"config": dataclasses.asdict(tokenizer.config), "state": tokenizer.state_dict()}
         content = {"kind": "ar", "step": step, "config": dataclasses.asdict(config), "settings": settings}
@@ -241,7 +258,7 @@ def main():
             with contextlib.nullcontext() if syncing else step_model.no_sync():
                 with runtime.autocast(rt.device, args.precision):
                     logits = step_model(sub_indices, labels)
-                pre, post = cross_entropies(logits, sub_indices)
+                pre, post = loss_terms(logits, sub_indices)
                 scaler.scale((pre + post) / accumulation).backward()
             terms.append(torch.stack([pre.detach(), post.detach()]))
 
@@ -260,7 +277,8 @@ def main():
         log.tick()
         if done % args.log_every == 0 or done == total:
             guard.check(rt, path)
-            pre, post = rt.reduce(means.tolist(), "mean")
+            # In float64, so that the same numbers are logged whatever the number of processes
+            pre, post = rt.reduce(torch.stack(terms).cpu().double().mean(0).tolist(), "mean")
             log.line(
                 done,
                 loss=pre + post,

@@ -8,6 +8,7 @@ what load_tokenizer reads), samples/step_XXXXXXXX.png (original above reconstruc
 Running the same command again goes on from the newest checkpoint, to the very weights of a run never stopped.
 """
 
+import argparse
 import contextlib
 import copy
 import math
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 import runtime
-from checkpoint import changed_settings, load_latest, save_checkpoint
+from checkpoint import changed_settings, load_latest, restore, save_checkpoint
 from fid import psnr
 from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig
 
@@ -54,7 +55,7 @@ for name, preset in PRESETS.items():
 
 # Settings that a resumed run may change freely: they leave the weights alone.
 MAY_CHANGE = {"out", "workers", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
-MAY_CHANGE |= {"val_data", "allow_changes", "micro_batch", "preset"}
+MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset"}
 
 
 def parse(argv=None):
@@ -111,6 +112,11 @@ def parse(argv=None):
     add("--lr-drops", type=float, nargs="*", help="epochs after which the learning rate falls to a tenth")
     add("--ema", type=float, help="decay of the moving average of all trained parameters, per step")
     add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the small parts where it pays; default: on a GPU, for runs of 500 steps or more",
+    )
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/tokenizer", help="the run's folder")
     add("--log-every", type=int, default=20, help="steps between log lines")
@@ -190,8 +196,8 @@ def main():
                 f"{path}: {changed}; use those settings, another --out, or --allow-changes"
             )
         for name, module in trained.items():
-            module.load_state_dict(state[name])
-            average[name].load_state_dict(state[f"{name}_ema"])
+            restore(module, state, name, path)
+            restore(average[name], state, f"{name}_ema", path)
             optimizers[name].load_state_dict(state[f"optimizer_{name}"])
         lecam.load_state_dict(state["lecam"])
         scaler.load_state_dict(state["scaler"]) if scaler.is_enabled() else None
@@ -203,6 +209,13 @@ def main():
         + (f"; resumed {path} at step {first}" if state else "")
     )
     del state
+
+    if rt.device.type == "cuda":  # what the fused norms and the GPU's convolutions want
+        for module in (tokenizer, discriminator, lpips):
+            module.to(memory_format=torch.channels_last) if module is not None else None
+    if runtime.should_compile(rt, args.compile, total):
+        tokenizer.decoder.compile_upsamplers()
+        lpips.compile(dynamic=False) if lpips is not None else None
 
     # Only the networks that exchange gradients are wrapped; saved names never carry the wrapper's prefix.
     step_tokenizer, both_passes = tokenizer, BothPasses(discriminator) if discriminator is not None else None
@@ -218,6 +231,7 @@ def main():
         return contextlib.nullcontext() if last or not wrapped else module.no_sync()
 
     def save(step):
+        guard.watch(step, *trained.state_dict().values(), *average.state_dict().values())
         guard.check(rt, path)
         content = {"kind": "tokenizer", "step": step, "config": asdict(config), "settings": settings}
         for name, module in trained.items():
@@ -315,7 +329,7 @@ def main():
             )
             break
     log.close()
-    rt.say(bad.report())
+    rt.say(bad.report(rt.gather(bad.seen)))
     rt.say(f"checkpoint {path or 'none'}; pictures in {out / 'samples'}")
 
 
@@ -337,7 +351,9 @@ def evaluate(rt, tokenizer, pictures, args, grid_path):
         shown = torch.cat([images[:8], rebuilt[:8]]) if shown is None else shown
         values = psnr(images, rebuilt)
         finite = torch.as_tensor(values).isfinite()  # an exact copy has no finite PSNR to average
-        total, number = total + float(values[finite].sum()), number + int(finite.sum())
+        # float32 values add up exactly in float64: the same mean whatever the number of processes
+        total += float(values[finite].float().double().sum())
+        number += int(finite.sum())
         seen[indices.flatten().cpu()] = 1
     if rt.main and shown is not None:
         grid_path.parent.mkdir(exist_ok=True)

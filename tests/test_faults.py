@@ -1,0 +1,462 @@
+"""Every fault here is really caused: processes are killed, disks filled, files damaged. `stress.py` kills for longer."""
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import ROOT, assert_equal, command, environment, wait_for
+from stress import AR, TOKENIZER, children, compare, torture
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import checkpoint
+import data
+import runtime
+
+TOKENIZER = (
+    TOKENIZER.replace("--workers 1", "--workers 0").replace("--save-every 3", "--save-every 1").split()
+)
+AR = AR.replace("--save-every 3", "--save-every 1").split()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scripts in processes of their own, which a server with torch already imported forks: a second instead of five.
+
+
+@pytest.fixture(scope="module")
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_tokenizer", "train_ar", "encode", "sample"])
+    before = dict(os.environ)
+    os.environ.update(environment(), PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    context.Process(target=int).start()  # the server takes the environment of this moment
+    os.environ.clear()
+    os.environ.update(before)
+    return context
+
+
+@pytest.fixture
+def script(server, tmp_path):
+    """Runs a script as its command line would; returns exit code, output, errors."""
+
+    def run(name, *flags, file_limit=None, code=0, prepare=None):
+        texts = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
+        flags = [str(flag) for flag in flags]
+        child = server.Process(target=_run_script, args=(name, flags, texts, file_limit, prepare))
+        child.start()
+        child.join(100)
+        assert child.exitcode is not None, "it hangs"
+        out, errors = (path.read_text() for path in texts)
+        assert child.exitcode == code, f"exit code {child.exitcode}\n{out[-1000:]}\n{errors[-3000:]}"
+        if code == 2:
+            assert errors.count("\n") == 1 and "Traceback" not in errors, errors
+        return errors if code else out
+
+    return run
+
+
+def _run_script(name, flags, texts, file_limit, prepare):
+    for number, path in zip((1, 2), texts, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    torch.set_num_threads(1)
+    if file_limit:
+        fill_disk(file_limit)
+    if prepare:
+        prepare()
+    sys.argv = [f"{name}.py", *flags]
+    runtime.run_script(importlib.import_module(name).main)
+
+
+def fill_disk(file_limit):
+    """No file may grow past so many bytes: writes fail as they do on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, server):
+    """A run of stage I, checkpoints of steps 3 and 4."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    texts = out.parent / "stdout.txt", out.parent / "stderr.txt"
+    flags = [*TOKENIZER, "--steps", "4", "--out", str(out)]
+    child = server.Process(target=_run_script, args=("train_tokenizer", flags, texts, None, None))
+    child.start()
+    child.join(100)
+    assert child.exitcode == 0, texts[1].read_text()
+    return out
+
+
+@pytest.fixture(scope="module")
+def codes(run_folder, server):
+    """60 glyphs encoded by that run's tokenizer."""
+    out = run_folder.parent / "codes"
+    texts = out.parent / "stdout.txt", out.parent / "stderr.txt"
+    flags = ["--tokenizer", run_folder, "--data", "glyphs:60:AB", "--size", 16, "--workers", 0, "--out", out]
+    child = server.Process(target=_run_script, args=("encode", list(map(str, flags)), texts, None, None))
+    child.start()
+    child.join(100)
+    assert child.exitcode == 0, texts[1].read_text()
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Kills
+
+
+@pytest.mark.parametrize("name, processes", [("train_tokenizer.py", (1, 2)), ("train_ar.py", (1,))])
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(name, processes, codes, tmp_path):
+    flags = TOKENIZER if name == "train_tokenizer.py" else ["--codes", codes, "--val-codes", codes, *AR]
+    found = torture(name, flags, tmp_path, kills=3, seed=1, processes=processes, steps=12)
+    assert found["equal"] is True and found["restarts"] >= 2, found
+
+
+STATE = {
+    "kind": "tokenizer",
+    "weights": {"w": torch.arange(3000.0), "b": torch.ones(7)},
+    "settings": {"a": 1},
+}
+
+
+def _save_and_die(folder, length):
+    """Save step 2 and be killed once `length` bytes are on file."""
+    really_save = torch.save
+
+    def save(content, file):
+        class Deadly:
+            def write(self, part):
+                left = length - file.tell()
+                file.write(bytes(part)[: max(left, 0)])
+                if len(part) >= left:
+                    file.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return len(part)
+
+            def flush(self):
+                pass
+
+        really_save(content, Deadly())
+
+    torch.save = save
+    checkpoint.save_checkpoint(folder, {**STATE, "step": 2})
+
+
+def test_killed_in_the_middle_of_a_save(server, tmp_path):
+    whole = checkpoint.save_checkpoint(tmp_path, {**STATE, "step": 1})
+    before = whole.read_bytes()
+    rng = random.Random(0)
+    for length in [1, *rng.sample(range(2, len(before) - 1), 9)]:
+        child = server.Process(target=_save_and_die, args=(tmp_path, length))
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        scratch = tmp_path / "step_00000002.pt.tmp"
+        assert scratch.stat().st_size == length
+        path, state = checkpoint.load_latest(runtime.Runtime(torch.device("cpu")), tmp_path, "tokenizer")
+        assert path == whole and whole.read_bytes() == before
+        assert_equal(state, {**STATE, "step": 1})
+        assert not scratch.exists()
+
+
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_a_rank_killed_under_torchrun(restarts, run_folder, tmp_path):
+    flags = [*TOKENIZER, "--steps", 4, "--save-every", 1, "--out", tmp_path]
+    words = command("train_tokenizer.py", *flags, processes=2)
+    words.insert(words.index("--standalone"), f"--max-restarts={restarts}")
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    wait_for(tmp_path / "step_00000001.pt", process)
+    ranks = children(process.pid)
+    os.kill(ranks[-1], signal.SIGKILL)
+    out, errors = process.communicate(timeout=100)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    if restarts:
+        assert process.returncode == 0 and "resumed" in out, errors
+        assert compare(run_folder, tmp_path) is True
+    else:
+        assert process.returncode == 1 and "SIGKILL" in errors
+        assert (tmp_path / "step_00000001.pt").exists() and not (tmp_path / "step_00000004.pt").exists()
+
+
+def test_ranks_end_with_their_torchrun_and_a_signal_to_it_saves(tmp_path):
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        words = command("train_tokenizer.py", *TOKENIZER, "--steps", 1000, "--out", tmp_path, processes=2)
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+        begun = checkpoint.checkpoints(tmp_path)
+        step = int(begun[-1].stem[5:]) if begun else 0
+        wait_for(tmp_path / f"step_{step + 2:08d}.pt", process)
+        ranks = children(process.pid)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        assert ("stopped by a signal" in out) == (number == signal.SIGTERM)
+        for pid in ranks:  # they may need a moment
+            for _ in range(100):
+                if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split():
+                    break
+                time.sleep(0.05)
+            else:
+                raise AssertionError(f"rank {pid} trains on")
+
+
+def _break_third_step():
+    import train_tokenizer
+
+    calls = iter(range(3))
+
+    def update_ema(*arguments):
+        if next(calls) == 2:
+            raise RuntimeError("something unforeseen")
+
+    train_tokenizer.losses.update_ema = update_ema
+
+
+def test_an_unforeseen_error_ends_the_process(script, tmp_path):
+    flags = [*TOKENIZER, "--workers", 1, "--steps", 4, "--out", tmp_path / "out"]
+    errors = script("train_tokenizer", *flags, code=1, prepare=_break_third_step)
+    assert "Traceback" in errors and "something unforeseen" in errors
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Damaged files
+
+
+def test_cut_and_flipped_checkpoints_are_passed_over(tmp_path, capsys):
+    rt = runtime.Runtime(torch.device("cpu"))
+    old = checkpoint.save_checkpoint(tmp_path, {**STATE, "step": 1})
+    new = checkpoint.save_checkpoint(tmp_path, {**STATE, "step": 2})
+    content, rng = new.read_bytes(), random.Random(0)
+    for length in [0, len(content) - 1, *rng.sample(range(1, len(content) - 1), 48)]:
+        new.write_bytes(content[:length])
+        path, state = checkpoint.load_latest(rt, tmp_path, "tokenizer")
+        assert path == old and f"warning: {new} is torn or damaged" in capsys.readouterr().out, length
+        assert_equal(state, {**STATE, "step": 1})
+    accepted = 0
+    for place in rng.sample(range(len(content)), 200):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.randrange(8)
+        new.write_bytes(damaged)
+        path, state = checkpoint.load_latest(rt, tmp_path, "tokenizer")
+        # A flip in a stored time or in padding changes nothing that is read; no other may pass.
+        assert_equal(state, {**STATE, "step": 2 if path == new else 1})
+        assert (path == new) != ("is torn or damaged" in capsys.readouterr().out)
+        accepted += path == new
+    assert accepted < 40
+
+
+def test_what_is_kept(tmp_path):
+    """Damaged files of later steps, and files of other names, do not push out what was just saved."""
+    for name in ("step_00000008.pt", "step_00000009.pt", "step_best.pt", "step_3_copy.pt"):
+        (tmp_path / name).write_bytes(b"damaged")
+    for step in (4, 5, 6, 7):
+        assert checkpoint.save_checkpoint(tmp_path, {**STATE, "step": step}, keep_every=4).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"step_0000000{step}.pt" for step in (4, 6, 7, 8, 9)),
+        "step_3_copy.pt",
+        "step_best.pt",
+    ]
+
+
+@pytest.mark.parametrize("name", ["codes.bin", "labels.bin", "tokenizer.pt", "manifest.json"])
+def test_a_code_cache_cut_short(script, codes, tmp_path, name):
+    cache = shutil.copytree(codes, tmp_path / "cache")
+    content = (cache / name).read_bytes()
+    (cache / name).write_bytes(content[: len(content) // 2])
+    errors = script("train_ar", "--codes", cache, *AR, "--steps", 2, "--out", tmp_path / "out", code=2)
+    assert str(cache) in errors and not (tmp_path / "out").exists()
+
+
+def test_codes_of_another_tokenizer(script, codes, tmp_path):
+    cache = shutil.copytree(codes, tmp_path / "cache")
+    content = checkpoint.read_weights(cache / "tokenizer.pt")
+    next(iter(content["tokenizer"].values())).view(-1)[0] += 1e-3
+    checkpoint.write_atomically(cache / "tokenizer.pt", content)
+    errors = script("train_ar", "--codes", cache, *AR, "--steps", 2, "--out", tmp_path / "out", code=2)
+    assert "tokenizer.pt is not the tokenizer that made these codes" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_does_not_fit(script, run_folder, tmp_path):
+    out = shutil.copytree(run_folder, tmp_path / "out")
+    flags = [*TOKENIZER, "--steps", 4, "--channels", 64, "--out", out]
+    assert "--channels was 32, is 64" in script("train_tokenizer", *flags, code=2)
+    errors = script("train_tokenizer", *flags, "--allow-changes", code=2)
+    assert "step_00000004.pt does not hold this run's tokenizer" in errors and "has shape" in errors
+
+
+class Malicious:
+    """Makes a folder when a reader executes it."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("form", ["pickle", "zip", "zip of a good one"])
+def test_a_malicious_pickle_is_not_executed(script, run_folder, codes, tmp_path, form):
+    mark, out = tmp_path / "executed", tmp_path / "out"
+    out.mkdir()
+    evil = out / "step_00000009.pt"
+    if form == "pickle":
+        evil.write_bytes(pickle.dumps(Malicious(mark)))
+    elif form == "zip":
+        torch.save(Malicious(mark), evil)
+    else:
+        torch.save({**STATE, "step": 9, "extra": Malicious(mark), "kind": Malicious(mark)}, evil)
+    assert zipfile.is_zipfile(evil) == (form != "pickle")
+    said = script("train_tokenizer", *TOKENIZER, "--steps", 1, "--out", out)
+    assert f"warning: {evil} is" in said and "resumed" not in said and not mark.exists()
+    flags = ["--data", "glyphs:60:AB", "--size", 16, "--workers", 0, "--out", tmp_path / "codes"]
+    texts = [_last_line(script, "encode", "--tokenizer", evil, *flags)]
+    texts += [_last_line(script, "sample", "--model", evil, "--out", tmp_path / "samples.png")]
+    assert all(str(evil) in text for text in texts) and not mark.exists()
+
+
+def _last_line(script, name, *flags):
+    """The error of a script that may warn before it."""
+    try:
+        return script(name, *flags, code=2)
+    except AssertionError as error:  # a warning on stderr above the line
+        text = str(error)
+        assert "exit code" not in text and "Traceback" not in text, text
+        return text
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A full disk
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.99])
+def test_a_full_disk_during_a_save(script, run_folder, tmp_path, share):
+    out = shutil.copytree(run_folder, tmp_path / "out")
+    (out / "step_00000004.pt").unlink()
+    before = (out / "step_00000003.pt").read_bytes()
+    limit = max(int(share * len(before)), 2 * (out / "log.jsonl").stat().st_size)
+    flags = [*TOKENIZER, "--steps", 4, "--eval-every", 1000, "--out", out]
+    errors = script("train_tokenizer", *flags, code=2, file_limit=limit)
+    assert f"could not write {out / 'step_00000004.pt'}: File too large" in errors
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["step_00000003.pt"]
+    assert (out / "step_00000003.pt").read_bytes() == before and not list(out.rglob("*.tmp"))
+    script("train_tokenizer", *flags)  # there is space again
+    ours, theirs = (checkpoint.read_weights(folder / "step_00000004.pt") for folder in (out, run_folder))
+    for name in ("tokenizer", "tokenizer_ema", "optimizer_tokenizer", "discriminator", "lecam"):
+        assert_equal(ours[name], theirs[name], name)
+
+
+def test_a_full_disk_during_stage_two_and_encoding(script, run_folder, codes, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--codes", codes, *AR, "--steps", 2, "--eval-every", 1000, "--out", out]
+    errors = script("train_ar", *flags, code=2, file_limit=100_000)
+    assert f"could not write {out / 'step_00000001.pt'}" in errors and not list(out.rglob("*.tmp"))
+    flags = ["--tokenizer", run_folder, "--data", "glyphs:6000:AB", "--size", 16, "--workers", 0]
+    limit = (codes / "tokenizer.pt").stat().st_size + 1000
+    errors = script(
+        "encode", *flags, "--data", "glyphs:500:AB", "--out", tmp_path / "few", code=2, file_limit=9000
+    )
+    assert "could not write" in errors and not list((tmp_path / "few").glob("*.tmp"))
+    script("encode", *flags, "--data", "glyphs:60:AB", "--out", tmp_path / "few2", file_limit=limit)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def odd_pictures(folder):
+    """402 pictures of two classes: 4 that cannot be read, and 8 odd ones that can. Returns the names of the first."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+    for i in range(390):
+        levels = rng.integers(0, 256, (26, 26, 3), dtype=np.uint8)
+        Image.fromarray(levels).save(folder / "ab"[i % 2] / f"{i:03}.png", compress_level=0)
+    whole = (folder / "a" / "000.png").read_bytes()
+    bad = {"truncated.png": whole[:700], "empty.png": b"", "text.png": b"this is no picture\n" * 9}
+    bad["half.jpg"] = b"\xff\xd8\xff\xe0\x00\x10JFIF"
+    for name, content in bad.items():
+        (folder / "b" / name).write_bytes(content)
+    odd = folder / "a"
+    Image.new("CMYK", (30, 30), (9, 99, 9, 0)).save(odd / "cmyk.jpg")
+    Image.new("P", (30, 30), 3).save(odd / "palette.png")
+    Image.fromarray(np.full((30, 30), 9000, np.uint16)).save(odd / "16bit.png")
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(odd / "1pixel.png")
+    Image.new("RGB", (20_000, 30), (9, 8, 7)).save(odd / "wide.png")
+    Image.new("RGB", (1, 20_000), (9, 8, 7)).save(odd / "high.png")
+    Image.new("RGB", (30, 30), (9, 8, 7)).save(odd / "exif.jpg", exif=b"Exif\0\0II*\0\xff\xff")
+    Image.new("RGBA", (30, 30), (9, 8, 7, 0)).save(odd / "clear.png")
+    return sorted(f"b/{name}" for name in bad)
+
+
+def test_odd_and_unreadable_pictures(script, tmp_path):
+    bad = odd_pictures(tmp_path / "pictures")
+    flags = [*TOKENIZER, "--gan-weight", 0, "--data", tmp_path / "pictures", "--size", 16, "--steps", 0]
+    flags += ["--epochs", 1, "--global-batch", 32, "--micro-batch", 32, "--save-every", 99]
+    said = script("train_tokenizer", *flags, "--out", tmp_path / "run")
+    assert "unreadable pictures: 4 (" in said and "checkpoint" in said
+    warned = (tmp_path / "stderr.txt").read_text()
+    assert sorted(re.findall(r"unreadable picture skipped: (\S+)", warned)) == bad
+    flags = ["--tokenizer", tmp_path / "run", "--data", tmp_path / "pictures", "--size", 16, "--workers", 0]
+    assert "unreadable pictures: 4" in script("encode", *flags, "--out", tmp_path / "codes")
+    warned = (tmp_path / "stderr.txt").read_text()
+    assert sorted(re.findall(r"unreadable picture skipped: (\S+)", warned)) == bad
+    assert len(data.open_codes(tmp_path / "codes")) == 398
+    (tmp_path / "pictures" / "b" / "fifth.png").write_bytes(b"")  # 5 of 403 are more than 1 %
+    text = (tmp_path / "stderr.txt").read_text
+    with pytest.raises(AssertionError):  # five warnings come before the line
+        script("encode", *flags, "--out", tmp_path / "more", code=2)
+    assert "more than 1% of the 403 pictures" in text().splitlines()[-1] and "Traceback" not in text()
+
+
+def test_all_ranks_unreadable_pictures_are_reported(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    bad = data.BadPictures(data.open_pictures(tmp_path, 9, train=True, labelled=False))
+    assert bad.report([{3: "c.png"}, {}]) == "unreadable pictures: 1 (c.png)"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+def _poison_step_two():
+    """The weights that step 2 makes are not finite, and its loss, computed before, is."""
+
+    def spoil(optimizer, *_):
+        weight = optimizer.param_groups[0]["params"][0]
+        if optimizer.state[weight]["step"] == 2:
+            weight.data.view(-1)[0] = float("nan")
+
+    register_optimizer_step_post_hook(spoil)
+
+
+@pytest.mark.parametrize("what", ["loss", "weights"])
+@pytest.mark.parametrize("name", ["train_tokenizer", "train_ar"])
+def test_nothing_that_is_not_finite_is_saved(script, codes, tmp_path, name, what):
+    flags = TOKENIZER if name == "train_tokenizer" else ["--codes", codes, *AR, "--warmup-epochs", 0]
+    flags = [*flags, "--steps", 6, "--log-every", 4, "--out", tmp_path / "out"]
+    if what == "loss":
+        errors = script(name, *flags, "--lr", "1e30", code=2)
+    else:
+        errors = script(name, *flags, code=2, prepare=_poison_step_two)
+    good = checkpoint.checkpoints(tmp_path / "out")
+    assert [path.name for path in good] == ["step_00000001.pt"]
+    assert f"non-finite at step 2; last good checkpoint: {good[0]}." in errors
+    state = checkpoint.read_weights(good[0])
+    weights = [state.get(key, {}) for key in ("model", "tokenizer", "tokenizer_ema", "discriminator")]
+    tensors = [value for part in weights for value in part.values() if isinstance(value, torch.Tensor)]
+    assert tensors and all(value.isfinite().all() for value in tensors)
