@@ -194,7 +194,9 @@ def main():
         for block in [*model.spatial_blocks, *model.factorized_blocks]:
             rerun_in_backward(block)
     loss_terms = cross_entropies
-    if runtime.should_compile(rt, args.compile, total):
+    # Compiled blocks together with sharding or rerun blocks have not been tried: only where asked for.
+    plain_blocks = not (args.shard or args.checkpoint_activations)
+    if args.compile or (plain_blocks and runtime.should_compile(rt, args.compile, total)):
         model.compile_blocks()
         loss_terms = torch.compile(cross_entropies, dynamic=False)
     shard(rt, model, args.precision) if args.shard else model.to(rt.device)
