@@ -32,41 +32,18 @@ def usable(model):
 
 
 @triton.jit
-def _add_norm(x, delta, weight, y, width, eps, SHARES: tl.constexpr, BLOCK: tl.constexpr):
-    """x += the sum of delta (SHARES, rows, width), then y = RMSNorm(x) * weight; a program a row. x float32."""
+def _add_norm(x, delta, weight, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """x += delta, then y = RMSNorm(x) * weight; a program a row. x float32."""
     row = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     mask = i < width
     value = tl.load(x + row * width + i, mask, 0.0)
-    for share in tl.static_range(SHARES):
-        value += tl.load(delta + (share * tl.num_programs(0) + row) * width + i, mask, 0.0).to(tl.float32)
-    if SHARES > 0:
+    if ADD:
+        value += tl.load(delta + row * width + i, mask, 0.0).to(tl.float32)
         tl.store(x + row * width + i, value, mask)
     inverse = 1 / tl.sqrt(tl.sum(value * value) / width + eps)
     weight = tl.load(weight + i, mask, 0.0)
     tl.store(y + row * width + i, (value * inverse * weight).to(y.dtype.element_ty), mask)
-
-
-@triton.jit
-def _linear_shares(
-    x, w, y, rows, inner, outer, SHARES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
-    """x w^T for few rows (all in one tile of BM), each program BN columns of one share of the sum: y (SHARES, rows,
-    outer) float32. Such a product is bound by reading w, and narrow ones keep more of the GPU busy so.
-
-    x (rows, inner), w (outer, inner).
-    """
-    part = tl.program_id(1)
-    m, n, k = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    total = tl.zeros([BM, BN], tl.float32)
-    share = tl.cdiv(inner, SHARES * BK) * BK
-    for start in range(part * share, tl.minimum(inner, (part + 1) * share), BK):
-        inside = start + k < inner
-        a = tl.load(x + m[:, None] * inner + (start + k)[None, :], (m < rows)[:, None] & inside[None, :], 0.0)
-        b = tl.load(w + n[None, :] * inner + (start + k)[:, None], (n < outer)[None, :] & inside[:, None], 0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
-    place = (part * rows + m)[:, None] * outer + n[None, :]
-    tl.store(y + place, total, (m < rows)[:, None] & (n < outer)[None, :])
 
 
 @triton.jit
@@ -221,16 +198,6 @@ class Decoder:
         )
         return y
 
-    def _narrow(self, x, w):
-        """x w^T, in shares that `_add_norm` adds up where the rows are few and in half precision."""
-        if self.rows > 128 or self.dtype == torch.float32:
-            return F.linear(x, w)
-        y = torch.empty((4, self.rows, len(w)), dtype=torch.float32, device=x.device)
-        grid = (triton.cdiv(len(w), 32), 4)
-        rows = max(16, triton.next_power_of_2(self.rows))
-        _linear_shares[grid](x, w, y, self.rows, x.shape[1], len(w), 4, rows, 32, 64, num_warps=8, num_stages=5)
-        return y
-
     def _block(self, x, delta, weights, cache, position):
         """One block at `position`: adds delta to x in place, returns what is to be added next."""
         norm1, norm2, wqkv, wo, w13, w2 = weights
@@ -241,10 +208,10 @@ class Decoder:
             qkv, self.rotary, *cache, position, mixed, self.rotary.shape[1], length, width**-0.5, heads, width,
             BLOCK=32, num_warps=1,
         )  # fmt: skip
-        hidden = F.linear(self._add_norm(x, self._narrow(mixed, wo), norm2), w13)
+        hidden = F.linear(self._add_norm(x, F.linear(mixed, wo), norm2), w13)
         product = torch.empty((rows, hidden.shape[1] // 2), dtype=self.dtype, device=x.device)
         _silu_product[(rows, triton.cdiv(product.shape[1], 1024))](hidden, product, product.shape[1], 1024)
-        return self._narrow(product, w2)
+        return F.linear(product, w2)
 
     def _step(self):
         """One token of every image, as `ARTransformer._token_step`; then the next position."""
