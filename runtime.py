@@ -292,6 +292,8 @@ class FiniteGuard:
     def watch(self, step, *tensors):
         """Look at a step's loss; or, before saving, at all that will be saved."""
         for tensor in tensors:
+            # Of a sharded tensor this rank's part; `check` asks all ranks.
+            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             bad = ~torch.isfinite(tensor.detach()).all() & (self.first_bad < 0)
             self.first_bad.masked_fill_(bad, step)
 
