@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Two hosts on one: two network namespaces joined by a veth pair, a torchrun in each. Needs root; not run by pytest.
 #
-#   tests/two_hosts.sh [kill|link] [python]       # a few minutes
+#   tests/two_hosts.sh [kill|link|blink] [python]       # two or three minutes
 #
 # kill: the second host's torchrun and its ranks are killed, and started again 20 seconds later.
 # link: the cable between them is cut, the second host is restarted, then the cable is mended.
+# blink: the cable is cut for 10 seconds; nobody does anything.
 # The run must end with the weights of a run on one host that nothing touched.
 set -eu
 cd "$(dirname "$0")/.."
@@ -57,13 +58,13 @@ wait_for_step 50
 echo "both hosts at work; fault: $fault"
 began=$(now)
 [ "$fault" = kill ] || ip -n nanohost1 link set nanoveth1 down
-[ "$fault" = kill ] || sleep 20
-ip netns pids nanohost2 | xargs -r kill -9
-sleep 20
+[ "$fault" = kill ] || sleep 10
+[ "$fault" = blink ] || ip netns pids nanohost2 | xargs -r kill -9
+[ "$fault" = blink ] || sleep 20
 steps() { cat "$folder"/host?.txt | grep -c "^step" || true; }
 before=$(steps)
 [ "$fault" = kill ] || ip -n nanohost1 link set nanoveth1 up
-host 2
+[ "$fault" = blink ] || host 2
 until [ "$(steps)" -gt "$before" ]; do
     kill -0 $first 2>/dev/null || break
     sleep 1
