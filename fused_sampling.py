@@ -32,14 +32,36 @@ def usable(model):
 
 
 @triton.jit
-def _add_norm(x, delta, weight, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """x += delta, then y = RMSNorm(x) * weight; a program a row. x float32."""
+def _share(
+    x, weight, y, rows, N, K, SHARES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[s] = x weight^T over the s-th of SHARES parts of K; a program BN columns of one.
+
+    x (rows, K), up to BM rows; weight (N, K); y (SHARES, rows, N) float32.
+    """
+    m, n, k = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    share = tl.program_id(1)
+    x += m[:, None] * K + k[None, :]
+    weight += n[None, :] * K + k[:, None]
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in range(share * (K // SHARES), (share + 1) * (K // SHARES), BK):
+        left = tl.load(x + start, (m < rows)[:, None], 0.0)
+        total = tl.dot(left, tl.load(weight + start), total, input_precision=PRECISION)
+    y += share * rows * N
+    tl.store(y + m[:, None] * N + n[None, :], total, (m < rows)[:, None])
+
+
+@triton.jit
+def _add_norm(x, delta, weight, y, size, width, eps, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    """x += each of SHARES deltas, `size` apart, then y = RMSNorm(x) * weight; a program a row. x float32."""
     row = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     mask = i < width
     value = tl.load(x + row * width + i, mask, 0.0)
-    if ADD:
-        value += tl.load(delta + row * width + i, mask, 0.0).to(tl.float32)
+    for share in tl.static_range(SHARES):
+        value += tl.load(delta + share * size + row * width + i, mask, 0.0).to(tl.float32)
+    if SHARES:
         tl.store(x + row * width + i, value, mask)
     inverse = 1 / tl.sqrt(tl.sum(value * value) / width + eps)
     weight = tl.load(weight + i, mask, 0.0)
@@ -104,22 +126,13 @@ def _attend(
 
 @triton.jit
 def _draw(
-    logits,
-    uniforms,
-    position,
-    drawn,
-    latest,
-    images,
-    length,
-    scale,
-    temperature,
-    part,
-    GUIDE: tl.constexpr,
-    V: tl.constexpr,
-):
+    logits, uniforms, position, drawn, pre, post, x, images, length, width, scale, temperature,
+    PART: tl.constexpr, GUIDE: tl.constexpr, TWICE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Guidance, temperature and the draw by inverse CDF, in float64, as `ar_model.draw`; a program an image.
 
-    logits (rows, V); uniforms (B, length, 2); the sub-token goes to drawn (2, B, length) and latest (B,).
+    logits (rows, V); uniforms (B, N, 2); the sub-token goes to drawn (2, B, N). The next input of the image's rows
+    goes to x (rows, d): after pre its embedding, after post the sum of both.
     """
     image = tl.program_id(0)
     here = tl.load(position)
@@ -132,12 +145,21 @@ def _draw(
     likelihood = tl.exp(value - tl.max(value))
     likelihood = likelihood / tl.sum(likelihood)
     cumulative = tl.where(likelihood > 0, tl.cumsum(likelihood), 0.0)
-    passes = (cumulative > tl.load(uniforms + (image * length + here) * 2 + part)) | (
+    passes = (cumulative > tl.load(uniforms + (image * length + here) * 2 + PART)) | (
         cumulative == tl.max(cumulative)
     )
     found = tl.min(tl.where(passes, v, V))
-    tl.store(drawn + (part * images + image) * length + here, found)
-    tl.store(latest + image, found)
+    tl.store(drawn + (PART * images + image) * length + here, found)
+    i = tl.arange(0, BLOCK)
+    mask = i < width
+    if PART == 0:
+        following = tl.load(pre + found * width + i, mask, 0.0)
+    else:
+        before = tl.load(drawn + image * length + here)
+        following = tl.load(pre + before * width + i, mask, 0.0) + tl.load(post + found * width + i, mask, 0.0)
+    for branch in tl.static_range(2 if TWICE else 1):  # both branches of guidance go on from the token drawn
+        place = (branch * images + image) * width + i
+        tl.store(x + place, following, mask)
 
 
 class Decoder:
@@ -151,7 +173,7 @@ class Decoder:
         # Parts of the model, not the model: see `_kept`.
         self.blocks = [*model.spatial_blocks, *model.factorized_blocks]
         self.embeddings, self.class_table = (
-            (model.pre_emb, model.post_emb),
+            [model.pre_emb.weight, model.post_emb.weight],
             model.class_emb["embedding_table"],
         )
         self.norm, self.head, config = model.norm, model.head, model.config
@@ -174,7 +196,8 @@ class Decoder:
         self.x = empty(self.rows, config.width, dtype=torch.float32)
         self.uniforms = empty(images, self.length, 2, dtype=torch.float64)
         self.drawn = empty(2, images, self.length, dtype=torch.int64)
-        self.latest = empty(images, dtype=torch.int64)
+        # As torch would compute the same products.
+        self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         self.position = empty(1, dtype=torch.int32)
         self.places = torch.arange(2, dtype=torch.int32, device=device)  # of the two sub-tokens
         self.logits = [None, None]
@@ -192,10 +215,22 @@ class Decoder:
 
     def _add_norm(self, x, delta, weight):
         y = torch.empty(x.shape, dtype=self.dtype, device=x.device)
-        block = triton.next_power_of_2(x.shape[1])
+        shares = 0 if delta is None else len(delta)
         _add_norm[(len(x),)](
-            x, x if delta is None else delta, weight, y, x.shape[1], 1e-5, delta is not None, block
-        )
+            x, x if delta is None else delta, weight, y, x.numel(), x.shape[1], 1e-5, shares,
+            triton.next_power_of_2(x.shape[1]),
+        )  # fmt: skip
+        return y
+
+    def _deltas(self, x, weight):
+        """x weight^T as (shares, rows, d), to be summed by `_add_norm`.
+
+        A few rows and columns are too little for all multiprocessors, unless K too is shared out."""
+        (rows, K), N = x.shape, len(weight)
+        if rows > 128 or N > 1024 or N % 32 or K % 256:
+            return F.linear(x, weight)[None]
+        y = torch.empty((4, rows, N), dtype=torch.float32, device=x.device)
+        _share[(N // 32, 4)](x, weight, y, rows, N, K, 4, 128, 32, 64, self.precision, num_warps=8, num_stages=4)
         return y
 
     def _block(self, x, delta, weights, cache, position):
@@ -208,27 +243,22 @@ class Decoder:
             qkv, self.rotary, *cache, position, mixed, self.rotary.shape[1], length, width**-0.5, heads, width,
             BLOCK=32, num_warps=1,
         )  # fmt: skip
-        hidden = F.linear(self._add_norm(x, F.linear(mixed, wo), norm2), w13)
+        hidden = F.linear(self._add_norm(x, self._deltas(mixed, wo), norm2), w13)
         product = torch.empty((rows, hidden.shape[1] // 2), dtype=self.dtype, device=x.device)
         _silu_product[(rows, triton.cdiv(product.shape[1], 1024))](hidden, product, product.shape[1], 1024)
-        return F.linear(product, w2)
+        return self._deltas(product, w2)
 
     def _step(self):
         """One token of every image, as `ARTransformer._token_step`; then the next position."""
         x, delta, layers = self.x, None, len(self.spatial)
         for weights, cache in zip(self.weights[:layers], self.spatial, strict=True):
             delta = self._block(x, delta, weights, cache, self.position)
-        following = 0
-        for part, embedding in enumerate(self.embeddings):
+        for part in (0, 1):
             for weights, cache in zip(self.weights[layers:], self.intra, strict=True):
                 delta = self._block(x, delta, weights, cache, self.places[part:])
-            logits = F.linear(self._add_norm(x, delta, self.norm.weight), self.heads[part])
-            self.logits[part] = logits
-            self._draw_part(logits, part)
-            # Both branches of guidance go on from the token drawn.
-            x = embedding(self.latest).float().repeat(self.rows // self.images, 1)
-            following, delta = following + x, None
-        self.x.copy_(following)
+            self.logits[part] = F.linear(self._add_norm(x, delta, self.norm.weight), self.heads[part])
+            self._draw_part(self.logits[part], part)
+            delta = None  # x is new
         self.position += 1
 
     def _draw_part(self, logits, part):
@@ -242,9 +272,11 @@ class Decoder:
                 1.0,
                 False,
             )
+        width = self.x.shape[1]
         _draw[(self.images,)](
-            logits, self.uniforms, self.position, self.drawn, self.latest, self.images, self.length,
-            1.0 if scale is None else scale, temperature, part, guide, logits.shape[1], num_warps=8,
+            logits, self.uniforms, self.position, self.drawn, *self.embeddings, self.x, self.images, self.length, width,
+            1.0 if scale is None else scale, temperature, part, guide, self.guide, logits.shape[1],
+            triton.next_power_of_2(width), num_warps=8,
         )  # fmt: skip
 
     def refresh(self):
