@@ -155,8 +155,9 @@ class PairAttention(Attention):
     def forward(self, x, rotary, cache=None, start=0):
         if cache is not None or x.shape[1] != 2:
             return super().forward(x, rotary, cache, start)
-        width = x.shape[-1]
-        _, of_first, asked, of_second = self.wqkv(x).flatten(1).split([2 * width, width, 2 * width, width], -1)
+        # The first element's query and key decide nothing: of its three products only the value's is made.
+        of_first = F.linear(x[:, 0], self.wqkv.weight[2 * x.shape[-1] :])
+        asked, of_second = self.wqkv(x[:, 1]).tensor_split([2 * x.shape[-1]], dim=-1)
         query, key, first, second = (
             part.unflatten(-1, (self.heads, -1)).float()  # (rows, d) -> (rows, H, D)
             for part in (*asked.chunk(2, -1), of_first, of_second)
@@ -287,8 +288,10 @@ class ARTransformer(nn.Module):
         device = self.norm.weight.device
         guide = any(scale != 1 for scale in cfg_scale)
         options = list(zip(cfg_scale if guide else (None, None), temperature, top_k, top_p, strict=True))
-        uniforms = image_uniforms(seeds, self.config.grid**2).to(device)
-        labels = class_labels.to(device)
+        uniforms = image_uniforms(seeds, self.config.grid**2)
+        if device.type != "cpu":
+            uniforms = uniforms.pin_memory()  # else the copy would wait for all that the device still has to do
+        uniforms, labels = (values.to(device, non_blocking=True) for values in (uniforms, class_labels))
         if guide:  # both branches run as one batch: the images' classes, then as many null classes
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
         if fused_sampling and fused_sampling.usable(self):

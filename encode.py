@@ -109,7 +109,7 @@ def main():
     if writer.complete:
         rt.say(f"{args.out} is already complete: {len(pictures)} pictures")
         return
-    tokenizer.to(rt.device)
+    tokenizer.to(rt.device, memory_format=rt.layout)
     crops = max(1, args.crops)
     at_once = max(1, args.batch // crops)  # pictures: each with all its crops, so that rows are written whole
     todo = writer.todo()

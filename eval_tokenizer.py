@@ -153,7 +153,7 @@ def main():
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
     pictures = data.open_pictures(args.data, args.size, train=False, labelled=False)
-    tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw).to(rt.device)
+    tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw).to(rt.device, memory_format=rt.layout)
     if args.size % tokenizer.factor:
         raise UserError(
             f"--size {args.size} is not a multiple of {tokenizer.factor}, this tokenizer's factor"

@@ -142,7 +142,7 @@ def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        sample_entropy, mean_assignment = _SoftAssignment.apply(4 * z / temperature)
+        sample_entropy, mean_assignment = _SoftAssignment.apply(z * (4 / temperature))
         if global_batch and dist.is_initialized():
             mean_assignment = _MeanOverRanks.apply(mean_assignment)
         codebook_entropy = -(mean_assignment * torch.log(mean_assignment + eps)).sum()

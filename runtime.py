@@ -56,6 +56,11 @@ class Runtime:
         """True on the one process that prints and writes files."""
         return self.rank == 0
 
+    @property
+    def layout(self):
+        """Memory format of networks of convolutions: channels last on a GPU, which wants that."""
+        return torch.channels_last if self.device.type == "cuda" else torch.preserve_format
+
     def say(self, *words):
         """Print on the main process only."""
         if self.main:
@@ -231,6 +236,9 @@ def run_script(main):
             name = error.filename or "a file"
             _fail(f"the disk is full: could not write {name}; free some space and run again")
         _fail(traceback.format_exc(), code=1)
+    except torch.OutOfMemoryError as error:
+        smaller = "--micro-batch" if Path(sys.argv[0]).name.startswith("train_") else "--batch"
+        _fail(f"out of memory on the device, give a smaller {smaller}: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
     except Exception:  # noqa: BLE001 (every other one, with its traceback)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import silu
+from torch.nn.functional import conv2d, silu
 
 from checkpoint import locate, match, read_weights
 from lfq import LFQ, indices_to_codes
@@ -129,6 +129,25 @@ class Level(nn.Module):
         return x
 
 
+class DepthToSpace(torch.autograd.Function):
+    """(B, 4 C, h, w) and a bias (4 C,) -> their sum as (B, C, 2 h, 2 w), in one pass; channels last."""
+
+    @staticmethod
+    def forward(ctx, x, bias):
+        # Released weights: the 4 C channels are ordered (row, column, channel), not as in PixelShuffle.
+        ctx.bias_type = bias.dtype
+        x = x.movedim(1, -1).unflatten(-1, (2, 2, -1)).transpose(2, 3)  # (B, h, row, w, column, C)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        torch.add(x, bias.to(x.dtype).view(2, 1, 2, -1), out=y)
+        return y.flatten(3, 4).flatten(1, 2).movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx = dy.movedim(1, -1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)  # (B, h, w, row, column, C)
+        dx = dx.flatten(3)
+        return dx.movedim(-1, 1), dx.sum((0, 1, 2), dtype=ctx.bias_type)
+
+
 class Upsampler(nn.Module):
     """Doubles the resolution: conv to 4 C, then depth to space."""
 
@@ -137,10 +156,8 @@ class Upsampler(nn.Module):
         self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
 
     def forward(self, x):
-        # Released weights: the 4 C channels are ordered (row, column, channel), not as in PixelShuffle.
-        x = self.conv1(x).movedim(1, -1).unflatten(-1, (2, 2, -1))  # (B, 4 C, h, w) -> (B, h, w, row, column, C)
-        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, h, row, w, column, C) -> (B, 2 h, 2 w, C)
-        return fast_layout(x.movedim(-1, 1))
+        x = conv2d(x, self.conv1.weight, padding=1)
+        return fast_layout(DepthToSpace.apply(x, self.conv1.bias))
 
 
 class AdaptiveGroupNorm(nn.Module):

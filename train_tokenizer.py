@@ -210,9 +210,8 @@ def main():
     )
     del state
 
-    if rt.device.type == "cuda":  # what the fused norms and the GPU's convolutions want
-        for module in (tokenizer, discriminator, lpips):
-            module.to(memory_format=torch.channels_last) if module is not None else None
+    for module in (tokenizer, discriminator, lpips):
+        module.to(memory_format=rt.layout) if module is not None else None
     if runtime.should_compile(rt, args.compile, total):
         tokenizer.decoder.compile_upsamplers()
         lpips.compile(dynamic=False) if lpips is not None else None

@@ -161,11 +161,11 @@ def test_a_stopped_npz_goes_on(files, tmp_path, monkeypatch, capsys):
     inside(monkeypatch, *flags, "--out", tmp_path / "whole.npz")
     store, stored = sample.store, []
 
-    def stop_at_the_second(paths, pictures):
+    def stop_at_the_second(paths, pictures, wait):
         if stored:
             raise KeyboardInterrupt
         stored.append(paths)
-        store(paths, pictures)
+        store(paths, pictures, wait)
 
     out = tmp_path / "stopped.npz"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
