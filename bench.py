@@ -30,9 +30,10 @@ from tokenizer import TOKENIZER_SIZES, Tokenizer
 
 try:
     import fused_norm
+    import fused_rotary
     import fused_sampling
 except ImportError:  # no Triton: nothing to switch
-    fused_norm = fused_sampling = None
+    fused_norm = fused_rotary = fused_sampling = None
 
 # GFLOP an image, forward, 2 a multiply-add: encoder, decoder of 256_L; VGG16 of LPIPS; the discriminator.
 ENCODER, DECODER, VGG, DISCRIMINATOR = 266e9, 317e9, 40e9, 6.3e9
@@ -99,13 +100,13 @@ class Bench:
 
 def plain():
     """Switch the fused kernels off, for comparison; `fast()` switches them on again."""
-    for module in (fused_norm, fused_sampling):
+    for module in (fused_norm, fused_rotary, fused_sampling):
         if module:
             module.ENABLED = False
 
 
 def fast():
-    for module in (fused_norm, fused_sampling):
+    for module in (fused_norm, fused_rotary, fused_sampling):
         if module:
             module.ENABLED = True
 

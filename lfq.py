@@ -61,41 +61,51 @@ def _patterns(bits, device, dtype):
     return torch.cat([positive, negative]).to(dtype)
 
 
-class _SoftAssignment(torch.autograd.Function):
-    """Logits (N, K) of independent bits -> (mean over tokens of their entropy, mean over tokens of the probability of
-    every sign pattern, (2^(K - K//2), 2^(K//2)): high half by low half).
+class _EntropyTerms(torch.autograd.Function):
+    """`entropy_terms` of z (N, K), with p_i = sigmoid(scale * z_i).
 
-    By hand because it is short and few operations are fast ones: the tables of both halves are one matrix product of
-    logarithms, the mean assignment another; and nothing of size 2^K * N is ever made. Without TF32: reduced
-    precision here moves the codebook gradient by percents.
+    By hand because it is short and few operations are fast ones: the tables of both halves' sign patterns are one
+    matrix product of logarithms, the mean assignment another, (2^(K - K//2), 2^(K//2)), high half by low half; and
+    nothing of size 2^K * N is ever made. Without TF32: reduced precision here moves the codebook gradient by percents.
     """
 
     @staticmethod
-    def forward(ctx, logits):
-        tokens, bits = logits.shape
-        with _exactly(logits.device):
+    def forward(ctx, z, scale, eps, global_batch):
+        tokens, bits = z.shape
+        with _exactly(z.device):
+            logits = z * scale
             # log p and log q, both from the logit: exact also where the probability rounds to 0 or 1.
             logs = logsigmoid(torch.cat([logits, -logits], 1))  # (N, 2 K)
-            tables = (logs @ _patterns(bits, logits.device, logits.dtype)).exp_()
+            tables = (logs @ _patterns(bits, z.device, z.dtype)).exp_()
             low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
-            mean_assignment = (high.T @ low).div_(tokens)
+            mean = (high.T @ low).div_(tokens)
+            if global_batch:
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
             probabilities = logs.exp()
             sample_entropy = (probabilities * logs).sum() / -tokens
-        ctx.save_for_backward(logits, probabilities, tables)
-        return sample_entropy, mean_assignment
+            log_mean = (mean + eps).log_()
+            codebook_entropy = -(mean * log_mean).sum()
+            of_mean = log_mean.add_(mean / (mean + eps))  # minus the derivative of the codebook's entropy
+        ctx.save_for_backward(logits, probabilities, tables, of_mean)
+        ctx.scale = scale
+        return sample_entropy, codebook_entropy
 
     @staticmethod
-    def backward(ctx, of_entropy, of_mean):
-        logits, probabilities, tables = ctx.saved_tensors
+    def backward(ctx, of_sample, of_codebook):
+        logits, probabilities, tables, of_mean = ctx.saved_tensors
         tokens, bits = logits.shape
         with _exactly(logits.device):
             p, q = probabilities.split(bits, 1)
             low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
+            # Every process of a global batch has the same of_mean, of which 1/world is its share; DDP's average over
+            # processes brings that 1/world anyway.
+            of_mean = of_mean * of_codebook
             of_tables = torch.cat([high @ of_mean, low @ of_mean.T], 1).mul_(tables)  # of the tables' logarithms
             positive, negative = (of_tables @ _patterns(bits, logits.device, logits.dtype).T).split(bits, 1)
             # d log p = q d logit, d log q = -p d logit, d entropy = -logit p q d logit
-            gradient = (positive - of_entropy * logits * p) * q - negative * p
-            return gradient / tokens
+            gradient = torch.addcmul(negative * p, positive + of_sample * logits * p, q, value=-1)
+            return gradient.mul_(ctx.scale / tokens), None, None, None
 
 
 @contextlib.contextmanager
@@ -108,21 +118,6 @@ def _exactly(device):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-
-
-class _MeanOverRanks(torch.autograd.Function):
-    """The mean of a tensor over all processes. Backward hands the gradient on as it is: every process has the
-    same one, of which 1/world is its share, and DDP's average over processes brings that 1/world anyway."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
 
 
 def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
@@ -140,13 +135,8 @@ def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     many. The gradient is then right once it is averaged over processes, as DistributedDataParallel does: that
     average is the gradient of one process that holds all the tokens.
     """
-    with torch.autocast(z.device.type, enabled=False):
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        sample_entropy, mean_assignment = _SoftAssignment.apply(z * (4 / temperature))
-        if global_batch and dist.is_initialized():
-            mean_assignment = _MeanOverRanks.apply(mean_assignment)
-        codebook_entropy = -(mean_assignment * torch.log(mean_assignment + eps)).sum()
-    return sample_entropy, codebook_entropy
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return _EntropyTerms.apply(z, 4 / temperature, eps, global_batch and dist.is_initialized())
 
 
 class LFQ(nn.Module):
