@@ -24,24 +24,25 @@ def _turn(
     query, key, value, rows_apart, heads_apart, tokens_apart, qkv, rotary, sines, pairs, N,
     D: tl.constexpr, WIDTH: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """qkv (rows, N, 3, d) to query, key (rows, H, N, D), turned; BACK: the three to qkv, turned back.
+    """qkv (rows, N, 3, d) to query, key (rows, H, N, D), turned; BACK: all three to qkv, the two turned back.
 
     query, key and value lie alike. rotary (2, N, D/2), the sines `sines` behind the cosines. A program takes BLOCK of
-    all `pairs` of adjacent entries of query, key or value.
+    all `pairs` of adjacent entries of one of the three.
     """
     part = tl.program_id(1)
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = p < pairs
     token, pair = p // (WIDTH // 2), p % (WIDTH // 2)
     row, token_of_row, head, pair_of_head = token // N, token % N, pair // (D // 2), pair % (D // 2)
-    turn = rotary + token_of_row * (D // 2) + pair_of_head
-    cos, sin = tl.load(turn, mask, 0.0), tl.load(turn + sines, mask, 0.0)
+    rotary += token_of_row * (D // 2) + pair_of_head
+    cos, sin = tl.load(rotary, mask, 0.0), tl.load(rotary + sines, mask, 0.0)
     single = query
     if part == 1:
         single = key
-    if part == 2:  # not turned
-        single = value
-        cos, sin = tl.full((BLOCK,), 1.0, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    if BACK:  # noqa: SIM102 (forward must not touch value)
+        if part == 2:  # not turned
+            single = value
+            cos, sin = tl.full((BLOCK,), 1.0, tl.float32), tl.zeros((BLOCK,), tl.float32)
     two = tl.arange(0, 2)[None, :]
     place = row * rows_apart + head * heads_apart + token_of_row * tokens_apart + 2 * pair_of_head
     single += place[:, None] + two
@@ -53,33 +54,34 @@ def _turn(
     tl.store(joint if BACK else single, turned, mask[:, None])
 
 
-def _launch(query, key, value, qkv, rotary, back):
-    _, heads, tokens, width = query.shape
-    pairs = query.numel() // 2
-    _turn[(triton.cdiv(pairs, 1024), 3 if back else 2)](
-        query, key, value, *query.stride()[:3], qkv, rotary, rotary.stride(0), pairs, tokens,
-        width, heads * width, back, 1024,
-    )  # fmt: skip
-
-
 class _Turned(torch.autograd.Function):
+    # Compiled, this is fast only if what the kernel writes to is fresh, no view, and given to it once.
+
     @staticmethod
     def forward(ctx, qkv, rotary, heads):
-        value = qkv.unflatten(-1, (3, heads, -1))[:, :, 2].transpose(1, 2)  # (rows, N, 3 d) -> (rows, H, N, D)
-        rows, _, tokens, width = value.shape
-        query, key = (qkv.new_empty(rows, tokens, heads, width).transpose(1, 2) for _ in range(2))
+        rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        query, key = (qkv.new_empty(rows, tokens, width) for _ in range(2))
         ctx.save_for_backward(rotary)
-        _launch(query, key, key, qkv, rotary, back=False)
-        return query, key, value
+        pairs, head = query.numel() // 2, width // heads
+        _turn[(triton.cdiv(pairs, 1024), 2)](
+            query, key, qkv, tokens * width, head, width, qkv, rotary, rotary.stride(0), pairs, tokens,
+            head, width, False, 1024,
+        )  # fmt: skip
+        parts = query, key, qkv[:, :, 2 * width :]
+        return tuple(part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
 
     @staticmethod
-    def backward(ctx, *parts):
+    def backward(ctx, query, key, value):
         (rotary,) = ctx.saved_tensors
-        if parts[0].stride(-1) != 1 or len({part.stride() for part in parts}) > 1:
-            parts = [part.contiguous() for part in parts]
-        rows, heads, tokens, width = parts[0].shape
-        qkv = parts[0].new_empty(rows, tokens, 3 * heads * width)
-        _launch(*parts, qkv, rotary, back=True)
+        if query.stride(-1) != 1 or not query.stride() == key.stride() == value.stride():
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        rows, heads, tokens, head = query.shape
+        qkv = query.new_empty(rows, tokens, 3 * heads * head)
+        pairs = query.numel() // 2
+        _turn[(triton.cdiv(pairs, 1024), 3)](
+            query, key, value, *query.stride()[:3], qkv, rotary, rotary.stride(0), pairs, tokens,
+            head, heads * head, True, 1024,
+        )  # fmt: skip
         return qkv, None, None
 
 

@@ -78,15 +78,16 @@ class _EntropyTerms(torch.autograd.Function):
             logs = logsigmoid(torch.cat([logits, -logits], 1))  # (N, 2 K)
             tables = (logs @ _patterns(bits, z.device, z.dtype)).exp_()
             low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
-            mean = (high.T @ low).div_(tokens)
+            mean = torch.addmm(high.new_zeros(()), high.T, low, beta=0, alpha=1 / tokens)
             if global_batch:
                 dist.all_reduce(mean)
                 mean /= dist.get_world_size()
             probabilities = logs.exp()
             sample_entropy = (probabilities * logs).sum() / -tokens
-            log_mean = (mean + eps).log_()
-            codebook_entropy = -(mean * log_mean).sum()
-            of_mean = log_mean.add_(mean / (mean + eps))  # minus the derivative of the codebook's entropy
+            above = mean + eps
+            log = above.log()
+            codebook_entropy = -(mean * log).sum()
+            of_mean = torch.addcdiv(log, mean, above)  # minus the derivative of the codebook's entropy
         ctx.save_for_backward(logits, probabilities, tables, of_mean)
         ctx.scale = scale
         return sample_entropy, codebook_entropy
@@ -101,10 +102,13 @@ class _EntropyTerms(torch.autograd.Function):
             # Every process of a global batch has the same of_mean, of which 1/world is its share; DDP's average over
             # processes brings that 1/world anyway.
             of_mean = of_mean * of_codebook
-            of_tables = torch.cat([high @ of_mean, low @ of_mean.T], 1).mul_(tables)  # of the tables' logarithms
+            of_tables = torch.empty_like(tables)
+            torch.mm(high, of_mean, out=of_tables[:, : low.shape[1]])
+            torch.mm(low, of_mean.T, out=of_tables[:, low.shape[1] :])
+            of_tables *= tables  # of the tables' logarithms
             positive, negative = (of_tables @ _patterns(bits, logits.device, logits.dtype).T).split(bits, 1)
             # d log p = q d logit, d log q = -p d logit, d entropy = -logit p q d logit
-            gradient = torch.addcmul(negative * p, positive + of_sample * logits * p, q, value=-1)
+            gradient = torch.addcmul(negative * p, torch.addcmul(positive, of_sample * logits, p), q, value=-1)
             return gradient.mul_(ctx.scale / tokens), None, None, None
 
 

@@ -129,25 +129,6 @@ class Level(nn.Module):
         return x
 
 
-class DepthToSpace(torch.autograd.Function):
-    """(B, 4 C, h, w) and a bias (4 C,) -> their sum as (B, C, 2 h, 2 w), in one pass; channels last."""
-
-    @staticmethod
-    def forward(ctx, x, bias):
-        # Released weights: the 4 C channels are ordered (row, column, channel), not as in PixelShuffle.
-        ctx.bias_type = bias.dtype
-        x = x.movedim(1, -1).unflatten(-1, (2, 2, -1)).transpose(2, 3)  # (B, h, row, w, column, C)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        torch.add(x, bias.to(x.dtype).view(2, 1, 2, -1), out=y)
-        return y.flatten(3, 4).flatten(1, 2).movedim(-1, 1)
-
-    @staticmethod
-    def backward(ctx, dy):
-        dx = dy.movedim(1, -1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)  # (B, h, w, row, column, C)
-        dx = dx.flatten(3)
-        return dx.movedim(-1, 1), dx.sum((0, 1, 2), dtype=ctx.bias_type)
-
-
 class Upsampler(nn.Module):
     """Doubles the resolution: conv to 4 C, then depth to space."""
 
@@ -156,8 +137,15 @@ class Upsampler(nn.Module):
         self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
 
     def forward(self, x):
-        x = conv2d(x, self.conv1.weight, padding=1)
-        return fast_layout(DepthToSpace.apply(x, self.conv1.bias))
+        # Released weights: the 4 C channels are ordered (row, column, channel), not as in PixelShuffle.
+        x = conv2d(x, self.conv1.weight, padding=1).movedim(1, -1).unflatten(-1, (2, 2, -1))
+        x = x.transpose(2, 3)  # (B, 4 C, h, w) -> (B, h, w, row, column, C) -> (B, h, row, w, column, C)
+        bias = self.conv1.bias.to(x.dtype).view(2, 1, 2, -1)
+        if torch.is_grad_enabled():
+            x = x + bias
+        else:  # added on the way to the new order, one pass over memory less
+            x = torch.add(x, bias, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        return fast_layout(x.flatten(3, 4).flatten(1, 2).movedim(-1, 1))  # (B, C, 2 h, 2 w)
 
 
 class AdaptiveGroupNorm(nn.Module):

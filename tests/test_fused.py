@@ -1,5 +1,7 @@
 """The fused kernels and graphs, on a GPU: against float64, golden files and the plain code. Skipped without a GPU."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from golden_files import fill, load, named_tensor, relative
 
 import losses
 import tokenizer as tk
-from ar_model import AR_SIZES, ARConfig, ARTransformer, guided, image_uniforms
+from ar_model import AR_SIZES, ARConfig, ARTransformer, cross_entropies, guided, image_uniforms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = "cuda"
@@ -102,6 +104,33 @@ def test_golden_transformer(name, config, count, compiled):
     assert torch.equal(
         drawn, golden["argmax_cfg_pre"] + 2 ** config.factorized_bits[0] * golden["argmax_cfg_post"]
     )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_is_that_of_the_plain_code(compiled, monkeypatch):
+    """Loss and gradients with turned queries and keys, compiled or not, against `rotate` and autograd."""
+    import fused_rotary
+
+    model, golden = golden_transformer("gpt_tiny", TINY)
+    model.train().class_dropout = 0.0
+    for block in (model, *model.spatial_blocks, *model.factorized_blocks):
+        block.dropout = 0.0
+    model.config = dataclasses.replace(model.config, dropout=0.0)
+    tokens = [golden["index_pre"], golden["index_post"]]
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = sum(cross_entropies(model(tokens, golden["class_label"]), tokens))
+        loss.backward()
+        return [loss.detach(), *(weight.grad for weight in model.parameters())]
+
+    monkeypatch.setattr(fused_rotary, "ENABLED", False)
+    plain = loss_and_gradients()
+    monkeypatch.setattr(fused_rotary, "ENABLED", True)
+    if compiled:
+        model.compile_blocks()
+    for ours, theirs in zip(loss_and_gradients(), plain, strict=True):
+        assert relative(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize(
