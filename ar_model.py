@@ -26,11 +26,10 @@ from lfq import merge_indices
 from runtime import UserError
 from tokenizer import TokenizerConfig, entries_of, tokenizer_from_entries
 
-try:  # Triton kernels, on GPUs only
-    import fused_rotary
-    import fused_sampling
+try:
+    import fused_sampling  # Triton kernels, on GPUs only
 except ImportError:
-    fused_rotary = fused_sampling = None
+    fused_sampling = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +135,9 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, rotary, cache=None, start=0):
-        qkv = self.wqkv(x)  # (rows, N, 3 d) -> three of (rows, H, N, D)
-        if cache is None and fused_rotary and fused_rotary.usable(qkv):
-            query, key, value = fused_rotary.turned(qkv, rotary, self.heads)
-        else:
-            query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            query, key = rotate(query, rotary), rotate(key, rotary)
+        # (rows, N, 3 d) -> three of (rows, H, N, D)
+        query, key, value = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:
             cache[0, :, :, start], cache[1, :, :, start] = key[:, :, 0], value[:, :, 0]
             key, value = cache[:, :, :, : start + 1]

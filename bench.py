@@ -9,6 +9,7 @@ arithmetic (training, decoding) or its least traffic (sampling: weights and fill
 against this GPU's own rate, measured at the start: a large bf16 matrix product, a large device-to-device copy.
 """
 
+import dataclasses
 import functools
 import gc
 import itertools
@@ -30,10 +31,9 @@ from tokenizer import TOKENIZER_SIZES, Tokenizer
 
 try:
     import fused_norm
-    import fused_rotary
     import fused_sampling
 except ImportError:  # no Triton: nothing to switch
-    fused_norm = fused_rotary = fused_sampling = None
+    fused_norm = fused_sampling = None
 
 # GFLOP an image, forward, 2 a multiply-add: encoder, decoder of 256_L; VGG16 of LPIPS; the discriminator.
 ENCODER, DECODER, VGG, DISCRIMINATOR = 266e9, 317e9, 40e9, 6.3e9
@@ -100,13 +100,13 @@ class Bench:
 
 def plain():
     """Switch the fused kernels off, for comparison; `fast()` switches them on again."""
-    for module in (fused_norm, fused_rotary, fused_sampling):
+    for module in (fused_norm, fused_sampling):
         if module:
             module.ENABLED = False
 
 
 def fast():
-    for module in (fused_norm, fused_rotary, fused_sampling):
+    for module in (fused_norm, fused_sampling):
         if module:
             module.ENABLED = True
 
@@ -211,17 +211,17 @@ def bench_tokenizer(bench, batches=(8, 32, 64)):
         del step
 
 
-def transformer_step(bench, name, batch, compiled):
+def transformer_step(bench, name, batch, compiled, grid=16):
     """(one complete step of training from codes as train_ar.py makes it, the model)."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    model = ARTransformer(AR_SIZES[name]).to(bench.device)
+    model = ARTransformer(dataclasses.replace(AR_SIZES[name], grid=grid)).to(bench.device)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     loss_terms = cross_entropies
     if compiled:
         model.compile_blocks()
         loss_terms = torch.compile(cross_entropies, dynamic=False)
-    codes = torch.randint(2**18, (batch, 256), device=bench.device)
+    codes = torch.randint(2**18, (batch, grid**2), device=bench.device)
     labels = torch.randint(1000, (batch,), device=bench.device)
 
     def step():
@@ -237,9 +237,10 @@ def transformer_step(bench, name, batch, compiled):
     return step, model
 
 
-def step_flops(model, tokens=256):
+def step_flops(model):
     """Arithmetic of one image's training step: matrix products and attention, forward and twice that backward."""
     config = model.config
+    tokens = config.grid**2
 
     def products(module):
         return 2 * sum(p.numel() for p in module.parameters() if p.dim() == 2)
@@ -249,28 +250,32 @@ def step_flops(model, tokens=256):
     return 3 * tokens * (per_token + attention)
 
 
-def bench_transformer(bench, cases=(("B", 24), ("B", 96), ("L", 48), ("XL", 32))):
+def bench_transformer(bench, cases=(("B", 24, 16), ("B", 96, 16), ("B", 24, 32), ("L", 48, 16), ("XL", 32, 16))):
     """AR training from codes."""
-    for name, batch in cases:
+    for name, batch, grid in cases:
         other = None
-        if name == "B":
+        if (name, grid) == ("B", 16):
             step, model = transformer_step(bench, name, batch, compiled=False)
             other, _ = bench.time(step, 5)
             del step, model
-        step, model = transformer_step(bench, name, batch, compiled=True)
+        step, model = transformer_step(bench, name, batch, True, grid)
         ours, memory = bench.time(step, 10)
         share = step_flops(model) * batch / ours / bench.flops
-        yield row(
-            f"AR-{name} training step from codes, micro-batch {batch}", ours, other, memory, share, batch
-        )
+        what = f"AR-{name} training step from codes, {grid}x{grid} tokens, micro-batch {batch}"
+        yield row(what, ours, other, memory, share, batch)
         del step, model
 
 
-def bench_sampling(bench, cases=(("B", 50), ("B", 200), ("B", 400), ("L", 50), ("XL", 50))):
-    """Guided sampling, 256 tokens."""
-    for name, batch in cases:
+SAMPLED = (
+    ("B", 50, 16), ("B", 100, 16), ("B", 200, 16), ("B", 400, 16), ("B", 50, 32), ("L", 50, 16), ("XL", 50, 16),
+)  # fmt: skip
+
+
+def bench_sampling(bench, cases=SAMPLED):
+    """Guided sampling of whole grids."""
+    for name, batch, grid in cases:
         torch.manual_seed(0)
-        model = ARTransformer(AR_SIZES[name]).to(bench.device).eval()
+        model = ARTransformer(dataclasses.replace(AR_SIZES[name], grid=grid)).to(bench.device).eval()
         for head in model.head:
             torch.nn.init.normal_(head.weight, std=0.02)
         labels = torch.arange(batch, device=bench.device) % 1000
@@ -280,7 +285,7 @@ def bench_sampling(bench, cases=(("B", 50), ("B", 200), ("B", 400), ("L", 50), (
                 model.generate(labels, (1.9, 2.0), seeds=range(batch))
 
         other = None
-        if (name, batch) == ("B", 50):
+        if (name, batch, grid) == ("B", 50, 16):
             plain()
             other, _ = bench.time(work, 1)
             fast()
@@ -289,9 +294,9 @@ def bench_sampling(bench, cases=(("B", 50), ("B", 200), ("B", 400), ("L", 50), (
         weights = 2 * sum(
             p.numel() for p in [*model.spatial_blocks.parameters(), *model.factorized_blocks.parameters()]
         )
-        cache = 2 * batch * config.spatial_layers * 2 * config.width * 2 * 128  # bytes at the middle token
-        share = 256 * (weights + cache) / ours / bench.bandwidth
-        yield row(f"AR-{name} sampling, {batch} images, guided", ours, other, memory, share, batch)
+        cache = 2 * batch * config.spatial_layers * 2 * config.width * 2 * grid**2 / 2  # bytes at the middle token
+        share = grid**2 * (weights + cache) / ours / bench.bandwidth
+        yield row(f"AR-{name} sampling, guided, {grid}x{grid} tokens, {batch} images", ours, other, memory, share, batch)
 
 
 def bench_decoder(bench, batch=50):
