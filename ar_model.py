@@ -155,9 +155,8 @@ class PairAttention(Attention):
     def forward(self, x, rotary, cache=None, start=0):
         if cache is not None or x.shape[1] != 2:
             return super().forward(x, rotary, cache, start)
-        # The first element's query and key decide nothing: of its three products only the value's is made.
-        of_first = F.linear(x[:, 0], self.wqkv.weight[2 * x.shape[-1] :])
-        asked, of_second = self.wqkv(x[:, 1]).tensor_split([2 * x.shape[-1]], dim=-1)
+        width = x.shape[-1]
+        _, of_first, asked, of_second = self.wqkv(x).flatten(1).split([2 * width, width, 2 * width, width], -1)
         query, key, first, second = (
             part.unflatten(-1, (self.heads, -1)).float()  # (rows, d) -> (rows, H, D)
             for part in (*asked.chunk(2, -1), of_first, of_second)
