@@ -28,8 +28,9 @@ from tokenizer import TokenizerConfig, entries_of, tokenizer_from_entries
 
 try:
     import fused_sampling  # Triton kernels, on GPUs only
+    import fused_training
 except ImportError:
-    fused_sampling = None
+    fused_sampling = fused_training = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,15 @@ def rotate(x, rotary):
     return (x.float() * cos + swapped.float() * sin).type_as(x)
 
 
+def add_norm(x, added, norm, dropout=0.0, training=False):
+    """(x + dropout(added), its norm): how every step of the residual stream begins. added None: (x, its norm)."""
+    if fused_training and fused_training.usable(x):
+        return fused_training.add_norm(x, added, norm.weight, dropout if training else 0.0)
+    if added is not None:
+        x = x + F.dropout(added, dropout, training)
+    return x, norm(x)
+
+
 class Attention(nn.Module):
     """Causal self-attention, (rows, N, d) -> (rows, N, d).
 
@@ -135,8 +145,11 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, rotary, cache=None, start=0):
+        qkv = self.wqkv(x)
+        if cache is None and fused_training and fused_training.usable(x, x.shape[-1] // self.heads):
+            return self.wo(fused_training.attend(qkv, rotary, self.heads))
         # (rows, N, 3 d) -> three of (rows, H, N, D)
-        query, key, value = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:
             cache[0, :, :, start], cache[1, :, :, start] = key[:, :, 0], value[:, :, 0]
@@ -177,11 +190,17 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, config.width, bias=False)
 
     def forward(self, x):
+        if fused_training and fused_training.usable(x):
+            return self.w2(fused_training.gate(F.linear(x, torch.cat([self.w1.weight, self.w3.weight]))))
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; dropout on what attention and feed-forward add, none inside attention."""
+    """Pre-norm transformer block; dropout on what attention and feed-forward add, none inside attention.
+
+    (x, added) -> (x, added): what the feed-forward adds is left to the next block, whose first norm takes it in the
+    same pass over memory. `added` is None for the first.
+    """
 
     def __init__(self, config, attention=Attention):
         super().__init__()
@@ -191,10 +210,11 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x, rotary, cache=None, start=0):
-        added = self.attention(self.attention_norm(x), rotary, cache, start)
-        x = x + F.dropout(added, self.dropout, self.training)
-        return x + F.dropout(self.feed_forward(self.ffn_norm(x)), self.dropout, self.training)
+    def forward(self, x, added, rotary, cache=None, start=0):
+        x, y = add_norm(x, added, self.attention_norm, self.dropout, self.training)
+        added = self.attention(y, rotary, cache, start)
+        x, y = add_norm(x, added, self.ffn_norm, self.dropout, self.training)
+        return x, self.feed_forward(y)
 
 
 class ARTransformer(nn.Module):
@@ -247,18 +267,20 @@ class ARTransformer(nn.Module):
         if self.training:
             dropped = torch.rand(batch, device=class_labels.device) < self.class_dropout
             class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
-        rotary = self._rotary()
+        rotary = self._rotary()[:, :tokens].contiguous()
         # The class predicts token 0, token t - 1 predicts token t: the last token only ever is an answer.
         given = self.pre_emb(pre[:, :-1]) + self.post_emb(post[:, :-1])
         x = torch.cat([self.class_emb["embedding_table"](class_labels)[:, None], given], dim=1)  # (B, N, d)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x, added = F.dropout(x, self.config.dropout, self.training), None
         for block in self.spatial_blocks:
-            x = block(x, rotary[:, :tokens])
-        pair = torch.stack([x, self.pre_emb(pre)], dim=2).flatten(0, 1)  # (B, N, 2, d) -> (B*N, 2, d)
+            x, added = block(x, added, rotary)
+        x = x + F.dropout(added, self.config.dropout, self.training)
+        pair, added = torch.stack([x, self.pre_emb(pre)], dim=2).flatten(0, 1), None  # (B, N, 2, d) -> (B*N, 2, d)
         for block in self.factorized_blocks:
             # Released weights: the pair takes positions 0 and 1 of the same table, so 0 is zeroed here too.
-            pair = block(pair, rotary[:, :2])
-        pair = self.norm(pair).unflatten(0, (batch, tokens))
+            pair, added = block(pair, added, rotary[:, :2])
+        _, pair = add_norm(pair, added, self.norm, self.config.dropout, self.training)
+        pair = pair.unflatten(0, (batch, tokens))
         return [self.head[0](pair[:, :, 0]), self.head[1](pair[:, :, 1])]
 
     @torch.no_grad()
@@ -343,17 +365,18 @@ class ARTransformer(nn.Module):
         how much of the spatial cache is attended to.
         """
         spatial_cache, intra_cache = caches
+        added = None
         for block, cache in zip(self.spatial_blocks, spatial_cache, strict=True):
-            x = block(x, rotary[:, position : position + 1], cache, position)
+            x, added = block(x, added, rotary[:, position : position + 1], cache, position)
         sub_tokens, following = [], 0
         for part, embedding in enumerate((self.pre_emb, self.post_emb)):
             for block, cache in zip(self.factorized_blocks, intra_cache, strict=True):
-                x = block(x, rotary[:, part : part + 1], cache, part)
-            logits = self.head[part](self.norm(x))[:, 0].float()  # (rows, V)
+                x, added = block(x, added, rotary[:, part : part + 1], cache, part)
+            logits = self.head[part](add_norm(x, added, self.norm)[1])[:, 0].float()  # (rows, V)
             sub_token = _sample(logits, uniforms[:, part], *options[part])
             sub_tokens.append(sub_token)
             # Both branches of guidance go on from the token drawn.
-            x = embedding(sub_token).repeat(len(x) // len(sub_token), 1)[:, None]  # (B,) -> (rows, 1, d)
+            x, added = embedding(sub_token).repeat(len(x) // len(sub_token), 1)[:, None], None  # (B,) -> (rows, 1, d)
             following = following + x  # the next position's input is the sum of the two embeddings
         return following, sub_tokens
 

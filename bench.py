@@ -32,8 +32,9 @@ from tokenizer import TOKENIZER_SIZES, Tokenizer
 try:
     import fused_norm
     import fused_sampling
+    import fused_training
 except ImportError:  # no Triton: nothing to switch
-    fused_norm = fused_sampling = None
+    fused_norm = fused_sampling = fused_training = None
 
 # GFLOP an image, forward, 2 a multiply-add: encoder, decoder of 256_L; VGG16 of LPIPS; the discriminator.
 ENCODER, DECODER, VGG, DISCRIMINATOR = 266e9, 317e9, 40e9, 6.3e9
@@ -100,13 +101,13 @@ class Bench:
 
 def plain():
     """Switch the fused kernels off, for comparison; `fast()` switches them on again."""
-    for module in (fused_norm, fused_sampling):
+    for module in (fused_norm, fused_sampling, fused_training):
         if module:
             module.ENABLED = False
 
 
 def fast():
-    for module in (fused_norm, fused_sampling):
+    for module in (fused_norm, fused_sampling, fused_training):
         if module:
             module.ENABLED = True
 
@@ -145,7 +146,8 @@ def bench_entropy(bench):
             sample, codebook = function(z)
             torch.autograd.grad(sample - codebook, z)
 
-        ours, memory = bench.time(functools.partial(work, entropy_terms), 100)
+        compiled = functools.partial(entropy_terms, compiled=True)
+        ours, memory = bench.time(functools.partial(work, compiled), 100)
         dense, _ = bench.time(functools.partial(work, dense_entropy_terms), 5)
         yield row(
             f"LFQ entropy, {tokens} tokens, forward + backward (plain: dense table)", ours, dense, memory
@@ -164,6 +166,7 @@ def tokenizer_step(bench, batch, compiled):
             module.to(memory_format=torch.channels_last)
         lpips.compile(dynamic=False)
         tokenizer.decoder.compile_upsamplers()
+        tokenizer.quantizer.compiled = True
     lecam = losses.LeCAM().to(device)
     trained = [*tokenizer.parameters(), *discriminator.parameters()]
     average = [p.detach().clone() for p in trained]
@@ -250,13 +253,20 @@ def step_flops(model):
     return 3 * tokens * (per_token + attention)
 
 
-def bench_transformer(bench, cases=(("B", 24, 16), ("B", 96, 16), ("B", 24, 32), ("L", 48, 16), ("XL", 32, 16))):
+TRAINED = (
+    ("B", 24, 16), ("B", 96, 16), ("B", 192, 16), ("B", 24, 32), ("L", 48, 16), ("L", 96, 16), ("XL", 32, 16), ("XL", 64, 16),
+)  # fmt: skip
+
+
+def bench_transformer(bench, cases=TRAINED):
     """AR training from codes."""
     for name, batch, grid in cases:
         other = None
-        if (name, grid) == ("B", 16):
+        if (name, batch, grid) == ("B", 96, 16):
+            plain()
             step, model = transformer_step(bench, name, batch, compiled=False)
             other, _ = bench.time(step, 5)
+            fast()
             del step, model
         step, model = transformer_step(bench, name, batch, True, grid)
         ours, memory = bench.time(step, 10)

@@ -347,7 +347,7 @@ def test_cached_generation_equals_full_forward_passes(setting, monkeypatch):
 @pytest.mark.parametrize("scale, rows", [((1.0, 1.0), 3), ((1.0, 2.0), 6)])
 def test_the_null_branch_runs_only_under_guidance(scale, rows):
     model, seen = tiny(), []
-    model.spatial_blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    model.spatial_blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     model.generate(torch.tensor([1, 2, 3]), scale, max_tokens=2)
     assert seen == [rows, rows]
 

@@ -9,7 +9,7 @@ from golden_files import fill, load, named_tensor, relative
 
 import losses
 import tokenizer as tk
-from ar_model import AR_SIZES, ARConfig, ARTransformer, cross_entropies, guided, image_uniforms
+from ar_model import AR_SIZES, ARConfig, ARTransformer, cross_entropies, guided, image_uniforms, rotary_table
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = "cuda"
@@ -51,6 +51,76 @@ def test_norm_silu(batch, channels, side, adaptive, activate, dtype, tolerance):
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     for a, b in zip((y, *ours), (y64, *truth)):
         assert relative(a, b) < tolerance
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("width", [64, 1280])
+@pytest.mark.parametrize("adds, dropout", [(False, 0.0), (True, 0.0), (True, 0.25)])
+def test_add_norm(width, adds, dropout, dtype, tolerance):
+    """Values and gradients; what dropout takes is told from the sum, and the norm and gradients must agree with it."""
+    import fused_training
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 500, width, device=GPU, requires_grad=True)
+    added = torch.randn_like(x).to(dtype).requires_grad_() if adds else None
+    weight = torch.randn(width, device=GPU, requires_grad=True)
+    to_total, to_y = torch.randn_like(x), torch.randn_like(x)
+    with torch.autocast(GPU, dtype, enabled=dtype != torch.float32):
+        total, y = fused_training.add_norm(x, added, weight, dropout)
+    assert y.dtype == dtype and total.dtype == torch.float32
+    leaves = [leaf for leaf in (x, weight, added) if leaf is not None]
+    ours = torch.autograd.grad((total * to_total).sum() + (y.double() * to_y).sum(), leaves)
+
+    kept = torch.ones_like(x)
+    if dropout:
+        kept = ((total - x).abs() > 0.5 * added.abs().float()).float()
+        assert abs(kept.mean().item() - 0.75) < 0.005 and abs(kept.mean((0, 1)).std().item() - 0.0087) < 0.002
+        kept = kept / 0.75
+    x64, weight64, *added64 = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    total64 = x64 + kept * added64[0] if adds else x64
+    y64 = F.rms_norm(total64, (width,), weight64, 1e-5)
+    truth = torch.autograd.grad((total64 * to_total).sum() + (y64 * to_y).sum(), (x64, weight64, *added64))
+    for a, b in zip((total, y, *ours), (total64, y64, *truth), strict=True):
+        assert relative(a, b) < tolerance
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("rows, heads, width, grid, tokens", [(3, 2, 16, 4, 16), (2, 4, 32, 16, 255), (2, 3, 64, 32, 1024)])
+def test_attend(rows, heads, width, grid, tokens, dtype, tolerance):
+    import fused_training
+
+    torch.manual_seed(0)
+    qkv = torch.randn(rows, tokens, 3 * heads * width, device=GPU).to(dtype).requires_grad_()
+    table = rotary_table(grid, width, GPU)[:, :tokens].contiguous()
+    out = fused_training.attend(qkv, table, heads)
+    to_out = torch.randn_like(out)
+    (ours,) = torch.autograd.grad(out, qkv, to_out)
+
+    qkv64 = qkv.detach().double().requires_grad_()
+    query, key, value = qkv64.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def turned(x):  # as complex numbers
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.complex(*table.double())).flatten(-2)
+
+    score = turned(query) @ turned(key).mT / width**0.5
+    score = score.masked_fill(torch.ones(tokens, tokens, device=GPU).triu(1).bool(), -torch.inf)
+    out64 = (score.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    (truth,) = torch.autograd.grad(out64, qkv64, to_out.double())
+    assert relative(out, out64) < tolerance and relative(ours, truth) < tolerance
+
+
+def test_gate():
+    import fused_training
+
+    h = torch.randn(7, 300, 2 * 704, device=GPU, requires_grad=True)
+    y = fused_training.gate(h)
+    to_y = torch.randn_like(y)
+    h64 = h.detach().double().requires_grad_()
+    first, second = h64.chunk(2, -1)
+    y64 = F.silu(first) * second
+    assert relative(y, y64) < 1e-6
+    assert relative(torch.autograd.grad(y, h, to_y)[0], torch.autograd.grad(y64, h64, to_y.double())[0]) < 1e-6
 
 
 @pytest.mark.parametrize("size", ["tiny16", "tiny8", "256_L", "128_L"])
@@ -106,7 +176,10 @@ def test_golden_transformer(name, config, count, compiled):
     )
 
 
-def test_compiled_training_is_that_of_the_plain_code():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_is_that_of_the_plain_code(compiled, monkeypatch):
+    import fused_training
+
     model, golden = golden_transformer("gpt_tiny", dataclasses.replace(TINY, dropout=0.0))
     model.train().class_dropout = 0.0
     tokens = [golden["index_pre"], golden["index_post"]]
@@ -117,8 +190,11 @@ def test_compiled_training_is_that_of_the_plain_code():
         loss.backward()
         return [loss.detach(), *(weight.grad for weight in model.parameters())]
 
-    plain = loss_and_gradients()
-    model.compile_blocks()
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_training, "ENABLED", False)
+        plain = loss_and_gradients()
+    if compiled:
+        model.compile_blocks()
     for ours, theirs in zip(loss_and_gradients(), plain, strict=True):
         assert relative(ours, theirs) < 1e-5
 
