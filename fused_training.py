@@ -14,6 +14,7 @@ Letters: rows the sequences, N tokens, d width, H heads, D head width.
 import torch
 import triton
 import triton.language as tl
+from torch.library import wrap_triton
 
 ENABLED = True  # False: the plain form everywhere, to compare with
 PROGRAMS = 1056  # share out the rows in the norm's backward pass: 8 on each of an H200's 132 multiprocessors
@@ -26,14 +27,8 @@ def usable(x, head_width=None):
 
 
 def _operation(name):
-    """Make a function torch.ops.nanomagvit2.<name>, which compiled code calls as it stands. (Not `custom_op`, whose
-    checks at each call take longer than some of the kernels.)"""
-
-    def register(function):
-        torch.library.define(f"nanomagvit2::{name}", torch.library.infer_schema(function, mutates_args=()))
-        return torch.library.impl(f"nanomagvit2::{name}", "CUDA")(function)
-
-    return register
+    """Make a function torch.ops.nanomagvit2.<name>, which torch.compile sees through to the kernels that it starts."""
+    return torch.library.triton_op(f"nanomagvit2::{name}", mutates_args=())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -41,20 +36,20 @@ def _operation(name):
 
 
 @triton.jit
-def _kept(seed, row, width, dropout, BLOCK: tl.constexpr):
+def _kept(seed, row, width, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
     """0 where dropout takes a number of this row, else 1 / (1 - dropout): (BLOCK,). Four numbers come from one Philox
     call."""
     group = row.to(tl.int32) * (width // 4) + tl.arange(0, BLOCK // 4)
     a, b, c, d = tl.randint4x(seed, group)
     bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [BLOCK])
     uniform = (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * (1.0 / 16777216.0)  # 24 bits, in [0, 1)
-    return tl.where(uniform < dropout, 0.0, 1 / (1 - dropout))
+    return tl.where(uniform < DROPOUT, 0.0, 1 / (1 - DROPOUT))
 
 
 @triton.jit
 def _add_norm(
-    x, added, weight, seed, total, y, inverse, width, dropout, eps,
-    ADDS: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
+    x, added, weight, seed, total, y, inverse, width,
+    ADDS: tl.constexpr, DROPS: tl.constexpr, DROPOUT: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """total = x + dropout(added); y = RMSNorm(total) * weight; inverse = 1 / rms; a program a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -65,10 +60,10 @@ def _add_norm(
     if ADDS:
         more = tl.load(added + place, mask, 0.0).to(tl.float32)
         if DROPS:
-            more *= _kept(tl.load(seed), row, width, dropout, BLOCK)
+            more *= _kept(tl.load(seed), row, width, DROPOUT, BLOCK)
         value += more
         tl.store(total + place, value.to(total.dtype.element_ty), mask)
-    over = 1 / tl.sqrt(tl.sum(value * value) / width + eps)
+    over = 1 / tl.sqrt(tl.sum(value * value) / width + EPS)
     tl.store(inverse + row, over)
     factor = tl.load(weight + i, mask, 0.0).to(tl.float32)
     tl.store(y + place, (value * over * factor).to(y.dtype.element_ty), mask)
@@ -76,8 +71,8 @@ def _add_norm(
 
 @triton.jit
 def _add_norm_backward(
-    dy, dtotal, total, weight, inverse, seed, dx, dadded, dweight, rows, width, dropout, share,
-    ADDS: tl.constexpr, DROPS: tl.constexpr, PAST: tl.constexpr, BLOCK: tl.constexpr,
+    dy, dtotal, total, weight, inverse, seed, dx, dadded, dweight, rows, width, share,
+    ADDS: tl.constexpr, DROPS: tl.constexpr, PAST: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x, of added and, this program's part, of weight; a program `share` rows. dtotal, where PAST: the
     gradient that reaches the sum past the norm."""
@@ -100,7 +95,7 @@ def _add_norm_backward(
         tl.store(dx + place, gradient.to(dx.dtype.element_ty), mask)
         if ADDS:
             if DROPS:
-                gradient *= _kept(tl.load(seed), row, width, dropout, BLOCK)
+                gradient *= _kept(tl.load(seed), row, width, DROPOUT, BLOCK)
             tl.store(dadded + place, gradient.to(dadded.dtype.element_ty), mask)
     tl.store(dweight + tl.program_id(0) * width + i, of_weight, mask)
 
@@ -114,20 +109,12 @@ def _forward_add_norm(
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = x.new_empty((0,) if added is None else x.shape)
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
-    _add_norm[(rows,)](
-        x, added, weight, seed, total, y, inverse, width, dropout, 1e-5, added is not None, seed is not None,
+    wrap_triton(_add_norm)[(rows,)](
+        x, x if added is None else added, weight, weight if seed is None else seed, total, y, inverse, width,
+        added is not None, seed is not None, dropout, 1e-5,
         triton.next_power_of_2(width),
     )  # fmt: skip
     return total, y, inverse
-
-
-@torch.library.register_fake("nanomagvit2::add_norm")
-def _(x, added, weight, seed, dropout, dtype):
-    return (
-        x.new_empty((0,) if added is None else x.shape),
-        torch.empty(x.shape, dtype=dtype, device=x.device),
-        torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device),
-    )
 
 
 @_operation("add_norm_backward")
@@ -140,19 +127,13 @@ def _backward_add_norm(
     dx = torch.empty_like(total)
     dadded = total.new_empty((0,) if added is None else total.shape, dtype=added or total.dtype)
     dweight = torch.empty((programs, width), dtype=torch.float32, device=total.device)
-    _add_norm_backward[(programs,)](
-        dy, dtotal, total, weight, inverse, seed, dx, dadded, dweight, rows, width, dropout,
-        triton.cdiv(rows, programs), added is not None, seed is not None, dtotal is not None,
+    wrap_triton(_add_norm_backward)[(programs,)](
+        dy, dy if dtotal is None else dtotal, total, weight, inverse, weight if seed is None else seed, dx, dadded,
+        dweight, rows, width, triton.cdiv(rows, programs), added is not None, seed is not None, dtotal is not None,
+        dropout,
         triton.next_power_of_2(width),
     )  # fmt: skip
     return dx, dadded, dweight.sum(0)
-
-
-@torch.library.register_fake("nanomagvit2::add_norm_backward")
-def _(dy, dtotal, total, weight, inverse, seed, dropout, added):
-    width = total.shape[-1]
-    dadded = total.new_empty((0,) if added is None else total.shape, dtype=added or total.dtype)
-    return torch.empty_like(total), dadded, torch.empty(width, dtype=torch.float32, device=total.device)
 
 
 def _setup_add_norm(ctx, inputs, output):
@@ -222,26 +203,16 @@ def _gate_backward(h, dy, dh, width, BLOCK: tl.constexpr):
 def _forward_gate(h: torch.Tensor) -> torch.Tensor:
     rows, width = h.numel() // h.shape[-1], h.shape[-1] // 2
     y = h.new_empty((*h.shape[:-1], width))
-    _gate[(rows, triton.cdiv(width, 1024))](h, y, width, 1024)
+    wrap_triton(_gate)[(rows, triton.cdiv(width, 1024))](h, y, width, 1024)
     return y
-
-
-@torch.library.register_fake("nanomagvit2::gate")
-def _(h):
-    return h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
 
 
 @_operation("gate_backward")
 def _backward_gate(h: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     rows, width = dy.numel() // dy.shape[-1], dy.shape[-1]
     dh = torch.empty_like(h)
-    _gate_backward[(rows, triton.cdiv(width, 1024))](h, dy, dh, width, 1024)
+    wrap_triton(_gate_backward)[(rows, triton.cdiv(width, 1024))](h, dy, dh, width, 1024)
     return dh
-
-
-@torch.library.register_fake("nanomagvit2::gate_backward")
-def _(h, dy):
-    return torch.empty_like(h)
 
 
 torch.library.register_autograd(
@@ -291,7 +262,7 @@ def _store_turned_back(x, stride, value, rotary, tokens, place, mask, BLOCK: tl.
 
 @triton.jit
 def _attend(
-    turned, qkv, mixed, logsum, tokens, scale,
+    turned, qkv, mixed, logsum, tokens, SCALE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: softmax(q k^T scale) v over the keys up to each query; and, base 2, the softmax's
@@ -313,7 +284,7 @@ def _attend(
         mask = (other < tokens)[:, None]
         key = tl.load(turned + H * D + other[:, None] * (2 * H * D) + d[None, :], mask, 0.0)
         value = tl.load(qkv + other[:, None] * (3 * H * D) + d[None, :], mask, 0.0)
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (SCALE * 1.4426950408889634)
         score = tl.where(other[None, :] <= place[:, None], score, -float("inf"))
         before, highest = highest, tl.maximum(highest, tl.max(score, 1))
         weight, shrink = tl.exp2(score - highest[:, None]), tl.exp2(before - highest)
@@ -337,7 +308,7 @@ def _sum_products(mixed, dmixed, sums, tokens, H: tl.constexpr, D: tl.constexpr,
 
 @triton.jit
 def _attend_backward(
-    turned, qkv, rotary, dmixed, logsum, sums, dqkv, tokens, scale,
+    turned, qkv, rotary, dmixed, logsum, sums, dqkv, tokens, SCALE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of a head's tokens: of its keys and values, from the queries from here on; then of its
@@ -350,7 +321,7 @@ def _attend_backward(
     dmixed += row * tokens * H * D + head * D
     logsum += (row * H + head) * tokens
     sums += (row * H + head) * tokens
-    base = scale * 1.4426950408889634
+    BASE: tl.constexpr = SCALE * 1.4426950408889634  # for powers of 2
     here = block * BLOCK + k
     mask = here < tokens
 
@@ -365,14 +336,14 @@ def _attend_backward(
         of_mixed = tl.load(dmixed + other[:, None] * (H * D) + d[None, :], there[:, None], 0.0)
         level = tl.load(logsum + other, there, 0.0)
         subtracted = tl.load(sums + other, there, 0.0)
-        score = tl.dot(key, tl.trans(query), input_precision=PRECISION) * base  # (keys, queries)
+        score = tl.dot(key, tl.trans(query), input_precision=PRECISION) * BASE  # (keys, queries)
         seen = (here[:, None] <= other[None, :]) & there[None, :]
         weight = tl.where(seen, tl.exp2(score - level[None, :]), 0.0)
         of_value = tl.dot(weight.to(of_mixed.dtype), of_mixed, of_value, input_precision=PRECISION)
         of_weight = tl.dot(value, tl.trans(of_mixed), input_precision=PRECISION)
         of_score = (weight * (of_weight - subtracted[None, :])).to(query.dtype)
         of_key = tl.dot(of_score, query, of_key, input_precision=PRECISION)
-    _store_turned_back(dqkv + H * D, 3 * H * D, of_key * scale, rotary, tokens, here, mask, BLOCK, D)
+    _store_turned_back(dqkv + H * D, 3 * H * D, of_key * SCALE, rotary, tokens, here, mask, BLOCK, D)
     at = here[:, None] * (3 * H * D) + d[None, :]
     tl.store(dqkv + 2 * H * D + at, of_value.to(dqkv.dtype.element_ty), mask[:, None])
 
@@ -386,12 +357,12 @@ def _attend_backward(
         there = other < tokens
         key = tl.load(turned + H * D + other[:, None] * (2 * H * D) + d[None, :], there[:, None], 0.0)
         value = tl.load(qkv + other[:, None] * (3 * H * D) + d[None, :], there[:, None], 0.0)
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * base  # (queries, keys)
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * BASE  # (queries, keys)
         weight = tl.where(other[None, :] <= here[:, None], tl.exp2(score - level[:, None]), 0.0)
         of_weight = tl.dot(of_mixed, tl.trans(value), input_precision=PRECISION)
         of_score = (weight * (of_weight - subtracted[:, None])).to(key.dtype)
         of_query = tl.dot(of_score, key, of_query, input_precision=PRECISION)
-    _store_turned_back(dqkv, 3 * H * D, of_query * scale, rotary, tokens, here, mask, BLOCK, D)
+    _store_turned_back(dqkv, 3 * H * D, of_query * SCALE, rotary, tokens, here, mask, BLOCK, D)
 
 
 def _precision():
@@ -405,10 +376,10 @@ def _forward_attend(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     turned, mixed, logsum = _empty_of_attend(qkv, heads)
-    _turn[(tokens, rows)](
+    wrap_triton(_turn)[(tokens, rows)](
         qkv, rotary, turned, tokens, heads, width // heads, triton.next_power_of_2(2 * heads)
     )
-    _attend[(triton.cdiv(tokens, BLOCK), rows * heads)](
+    wrap_triton(_attend)[(triton.cdiv(tokens, BLOCK), rows * heads)](
         turned, qkv, mixed, logsum, tokens, (width // heads) ** -0.5, heads, width // heads, BLOCK, _precision(),
     )  # fmt: skip
     return mixed, logsum, turned
@@ -421,12 +392,6 @@ def _empty_of_attend(qkv, heads):
     return qkv.new_empty((rows, tokens, 2 * width)), qkv.new_empty((rows, tokens, width)), logsum
 
 
-@torch.library.register_fake("nanomagvit2::attend")
-def _(qkv, rotary, heads):
-    turned, mixed, logsum = _empty_of_attend(qkv, heads)
-    return mixed, logsum, turned
-
-
 @_operation("attend_backward")
 def _backward_attend(
     dmixed: torch.Tensor, turned: torch.Tensor, qkv: torch.Tensor, rotary: torch.Tensor, mixed: torch.Tensor,
@@ -434,19 +399,14 @@ def _backward_attend(
 ) -> torch.Tensor:  # fmt: skip
     (rows, heads, tokens), width = logsum.shape, mixed.shape[2]
     dqkv, sums = torch.empty_like(qkv), torch.empty_like(logsum)
-    _sum_products[(tokens, rows)](
+    wrap_triton(_sum_products)[(tokens, rows)](
         mixed, dmixed, sums, tokens, heads, width // heads, triton.next_power_of_2(heads)
     )
-    _attend_backward[(triton.cdiv(tokens, BLOCK), rows * heads)](
+    wrap_triton(_attend_backward)[(triton.cdiv(tokens, BLOCK), rows * heads)](
         turned, qkv, rotary, dmixed, logsum, sums, dqkv, tokens, (width // heads) ** -0.5, heads, width // heads,
         BLOCK, _precision(), num_stages=1,  # more stages take registers that another program could have
     )  # fmt: skip
     return dqkv
-
-
-@torch.library.register_fake("nanomagvit2::attend_backward")
-def _(dmixed, turned, qkv, rotary, mixed, logsum):
-    return torch.empty_like(qkv)
 
 
 def _setup_attend(ctx, inputs, output):
