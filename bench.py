@@ -146,8 +146,7 @@ def bench_entropy(bench):
             sample, codebook = function(z)
             torch.autograd.grad(sample - codebook, z)
 
-        compiled = functools.partial(entropy_terms, compiled=True)
-        ours, memory = bench.time(functools.partial(work, compiled), 100)
+        ours, memory = bench.time(functools.partial(work, entropy_terms), 100)
         dense, _ = bench.time(functools.partial(work, dense_entropy_terms), 5)
         yield row(
             f"LFQ entropy, {tokens} tokens, forward + backward (plain: dense table)", ours, dense, memory
@@ -166,7 +165,6 @@ def tokenizer_step(bench, batch, compiled):
             module.to(memory_format=torch.channels_last)
         lpips.compile(dynamic=False)
         tokenizer.decoder.compile_upsamplers()
-        tokenizer.quantizer.compiled = True
     lecam = losses.LeCAM().to(device)
     trained = [*tokenizer.parameters(), *discriminator.parameters()]
     average = [p.detach().clone() for p in trained]

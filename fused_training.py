@@ -4,9 +4,10 @@
     mixed = attend(qkv, rotary, heads)                    # turn queries and keys, attend causally
     y = gate(h)                                           # silu of one half times the other
 
-`ar_model.py` calls them where `usable(...)`; the plain code stands beside each call. As separate operations the
-residual stream and the packed queries, keys and values would go through memory several times. Dropout draws from
-Philox by (seed, place), and the backward pass draws it again instead of reading it. Sums are in float32.
+`ar_model.py` calls them where `usable(...)`; the plain code stands beside each call. As separate operations
+the residual stream and the packed queries, keys and values would go through memory several times. Dropout
+draws from Philox by (seed, place), and the backward pass draws it again instead of reading it. Sums are in
+float32. As `triton_op`s they are seen through by torch.compile, whose code starts them faster than Python.
 
 Letters: rows the sequences, N tokens, d width, H heads, D head width.
 """
@@ -23,12 +24,11 @@ BLOCK = 64  # queries and keys that attention takes at once
 
 def usable(x, head_width=None):
     """True on a GPU, for a head width that is a power of 2 from 16."""
-    return ENABLED and x.is_cuda and (head_width is None or (head_width >= 16 and head_width & (head_width - 1) == 0))
-
-
-def _operation(name):
-    """Make a function torch.ops.nanomagvit2.<name>, which torch.compile sees through to the kernels that it starts."""
-    return torch.library.triton_op(f"nanomagvit2::{name}", mutates_args=())
+    return (
+        ENABLED
+        and x.is_cuda
+        and (head_width is None or (head_width >= 16 and head_width & (head_width - 1) == 0))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -37,12 +37,13 @@ def _operation(name):
 
 @triton.jit
 def _kept(seed, row, width, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
-    """0 where dropout takes a number of this row, else 1 / (1 - dropout): (BLOCK,). Four numbers come from one Philox
-    call."""
+    """0 where dropout takes a number of this row, else 1 / (1 - dropout): (BLOCK,). One Philox call makes four."""
     group = row.to(tl.int32) * (width // 4) + tl.arange(0, BLOCK // 4)
     a, b, c, d = tl.randint4x(seed, group)
     bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [BLOCK])
-    uniform = (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * (1.0 / 16777216.0)  # 24 bits, in [0, 1)
+    uniform = (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * (
+        1.0 / 16777216.0
+    )  # 24 bits, in [0, 1)
     return tl.where(uniform < DROPOUT, 0.0, 1 / (1 - DROPOUT))
 
 
@@ -74,8 +75,8 @@ def _add_norm_backward(
     dy, dtotal, total, weight, inverse, seed, dx, dadded, dweight, rows, width, share,
     ADDS: tl.constexpr, DROPS: tl.constexpr, PAST: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, of added and, this program's part, of weight; a program `share` rows. dtotal, where PAST: the
-    gradient that reaches the sum past the norm."""
+    """Gradients of x, of added and, this program's part, of weight; a program `share` rows. dtotal, where PAST:
+    the gradient that reaches the sum past the norm."""
     i = tl.arange(0, BLOCK)
     mask = i < width
     factor = tl.load(weight + i, mask, 0.0).to(tl.float32)
@@ -100,7 +101,7 @@ def _add_norm_backward(
     tl.store(dweight + tl.program_id(0) * width + i, of_weight, mask)
 
 
-@_operation("add_norm")
+@torch.library.triton_op("nanomagvit2::add_norm", mutates_args=())
 def _forward_add_norm(
     x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, seed: torch.Tensor | None, dropout: float,
     dtype: torch.dtype,
@@ -117,7 +118,7 @@ def _forward_add_norm(
     return total, y, inverse
 
 
-@_operation("add_norm_backward")
+@torch.library.triton_op("nanomagvit2::add_norm_backward", mutates_args=())
 def _backward_add_norm(
     dy: torch.Tensor, dtotal: torch.Tensor | None, total: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor,
     seed: torch.Tensor | None, dropout: float, added: torch.dtype | None,
@@ -157,7 +158,7 @@ torch.library.register_autograd("nanomagvit2::add_norm", _gradients_add_norm, se
 
 
 def add_norm(x, added, weight, dropout):
-    """(x + dropout(added), its RMSNorm with `weight` in the type that products are computed in), both (..., d).
+    """(x + dropout(added), its RMSNorm in the type that products are computed in), both (..., d).
 
     added None: nothing is added. dropout: 0 for none; otherwise torch's generator of the device gives a seed.
     """
@@ -199,7 +200,7 @@ def _gate_backward(h, dy, dh, width, BLOCK: tl.constexpr):
     tl.store(dh + width, (gradient * first * open_).to(dh.dtype.element_ty), mask)
 
 
-@_operation("gate")
+@torch.library.triton_op("nanomagvit2::gate", mutates_args=())
 def _forward_gate(h: torch.Tensor) -> torch.Tensor:
     rows, width = h.numel() // h.shape[-1], h.shape[-1] // 2
     y = h.new_empty((*h.shape[:-1], width))
@@ -207,7 +208,7 @@ def _forward_gate(h: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@_operation("gate_backward")
+@torch.library.triton_op("nanomagvit2::gate_backward", mutates_args=())
 def _backward_gate(h: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     rows, width = dy.numel() // dy.shape[-1], dy.shape[-1]
     dh = torch.empty_like(h)
@@ -235,8 +236,9 @@ def gate(h):
 def _turn(
     qkv, rotary, turned, tokens, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Turn the adjacent pairs of a token's queries and keys: qkv (rows, N, 3, H, D) -> turned (rows, N, 2, H, D), with
-    rotary (2, N, D/2); a program a token."""
+    """Turn the adjacent pairs of a token's queries and keys, a program a token.
+
+    qkv (rows, N, 3, H, D) -> turned (rows, N, 2, H, D), with rotary (2, N, D/2)."""
     token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h, d, pair = tl.arange(0, BLOCK), tl.arange(0, D), tl.arange(0, D // 2)
     cos = tl.load(rotary + token * (D // 2) + pair)[None, :]
@@ -265,11 +267,11 @@ def _attend(
     turned, qkv, mixed, logsum, tokens, SCALE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head: softmax(q k^T scale) v over the keys up to each query; and, base 2, the softmax's
-    log-sum for the backward pass.
+    """A block of queries of one head: softmax(q k^T scale) v over the keys up to each query; and, base 2, the
+    softmax's log-sum for the backward pass.
 
-    turned (rows, N, 2, H, D): queries and keys; qkv (rows, N, 3, H, D): for the values; mixed (rows, N, H, D); logsum
-    (rows, H, N)."""
+    turned (rows, N, 2, H, D): queries and keys; qkv (rows, N, 3, H, D): for the values; mixed (rows, N, H, D);
+    logsum (rows, H, N)."""
     block, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     d, k = tl.arange(0, D), tl.arange(0, BLOCK)
     turned += row * tokens * 2 * H * D + head * D
@@ -297,12 +299,14 @@ def _attend(
 
 @triton.jit
 def _sum_products(mixed, dmixed, sums, tokens, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """mixed . dmixed of each head of a token, which the softmax's gradient subtracts: (rows, N, H D) -> (rows, H, N)."""
+    """mixed . dmixed, which the softmax's gradient subtracts: (rows, N, H, D) -> (rows, H, N); a program a token."""
     token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h, i = tl.arange(0, BLOCK), tl.arange(0, D)
     place = (row * tokens + token) * H * D + h[:, None] * D + i[None, :]
     mask = (h < H)[:, None]
-    product = tl.load(mixed + place, mask, 0.0).to(tl.float32) * tl.load(dmixed + place, mask, 0.0).to(tl.float32)
+    product = tl.load(mixed + place, mask, 0.0).to(tl.float32) * tl.load(dmixed + place, mask, 0.0).to(
+        tl.float32
+    )
     tl.store(sums + (row * H + h) * tokens + token, tl.sum(product, 1), h < H)
 
 
@@ -311,8 +315,8 @@ def _attend_backward(
     turned, qkv, rotary, dmixed, logsum, sums, dqkv, tokens, SCALE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block of a head's tokens: of its keys and values, from the queries from here on; then of its
-    queries, from the keys up to here. So all programs have equally many pairs of blocks to go through."""
+    """Gradients of one block of a head's tokens: of its keys and values, from the queries from here on; then of
+    its queries, from the keys up to here. So all programs have equally many pairs of blocks to go through."""
     block, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     d, k = tl.arange(0, D), tl.arange(0, BLOCK)
     turned += row * tokens * 2 * H * D + head * D
@@ -370,7 +374,7 @@ def _precision():
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-@_operation("attend")
+@torch.library.triton_op("nanomagvit2::attend", mutates_args=())
 def _forward_attend(
     qkv: torch.Tensor, rotary: torch.Tensor, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -392,7 +396,7 @@ def _empty_of_attend(qkv, heads):
     return qkv.new_empty((rows, tokens, 2 * width)), qkv.new_empty((rows, tokens, width)), logsum
 
 
-@_operation("attend_backward")
+@torch.library.triton_op("nanomagvit2::attend_backward", mutates_args=())
 def _backward_attend(
     dmixed: torch.Tensor, turned: torch.Tensor, qkv: torch.Tensor, rotary: torch.Tensor, mixed: torch.Tensor,
     logsum: torch.Tensor,

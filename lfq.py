@@ -61,47 +61,6 @@ def _patterns(bits, device, dtype):
     return torch.cat([positive, negative]).to(dtype)
 
 
-def _entropies(z, patterns, scale, eps, global_batch):
-    """(sample entropy, codebook entropy; and what `_gradient` needs), with p_i = sigmoid(scale * z_i)."""
-    tokens, bits = z.shape
-    logits = z * scale
-    # log p and log q, both from the logit: exact also where the probability rounds to 0 or 1.
-    logs = logsigmoid(torch.cat([logits, -logits], 1))  # (N, 2 K)
-    tables = (logs @ patterns).exp()
-    low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
-    mean = high.T @ low / tokens
-    if global_batch:
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    probabilities = logs.exp()
-    sample_entropy = (probabilities * logs).sum() / -tokens
-    above = mean + eps
-    log = above.log()
-    codebook_entropy = -(mean * log).sum(0).sum()  # in two stages: compiled for a CPU, a sum adds one by one
-    of_mean = torch.addcdiv(log, mean, above)  # minus the derivative of the codebook's entropy
-    return sample_entropy, codebook_entropy, logits, probabilities, tables, of_mean
-
-
-def _gradient(logits, probabilities, tables, of_mean, patterns, scale, of_sample, of_codebook):
-    """The gradient of z (N, K), from those of the two entropies."""
-    tokens, bits = logits.shape
-    p, q = probabilities.split(bits, 1)
-    low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
-    # Every process of a global batch has the same of_mean, of which 1/world is its share; DDP's average over
-    # processes brings that 1/world anyway.
-    of_mean = of_mean * of_codebook
-    of_logs = torch.cat([high @ of_mean, low @ of_mean.T], 1) * tables  # of the tables' logarithms
-    positive, negative = (of_logs @ patterns.T).split(bits, 1)
-    # d log p = q d logit, d log q = -p d logit, d entropy = -logit p q d logit
-    gradient = torch.addcmul(negative * p, torch.addcmul(positive, of_sample * logits, p), q, value=-1)
-    return gradient * (scale / tokens)
-
-
-@functools.cache
-def _compiled(function):
-    return torch.compile(function, dynamic=False)
-
-
 class _EntropyTerms(torch.autograd.Function):
     """`entropy_terms` of z (N, K), with p_i = sigmoid(scale * z_i).
 
@@ -111,21 +70,46 @@ class _EntropyTerms(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, scale, eps, global_batch, compiled):
-        patterns = _patterns(z.shape[1], z.device, z.dtype)
+    def forward(ctx, z, scale, eps, global_batch):
+        tokens, bits = z.shape
         with _exactly(z.device):
-            entropies = _compiled(_entropies) if compiled and not global_batch else _entropies
-            sample_entropy, codebook_entropy, *kept = entropies(z, patterns, scale, eps, global_batch)
-        ctx.save_for_backward(*kept, patterns)
-        ctx.scale, ctx.compiled = scale, compiled
+            logits = z * scale
+            # log p and log q, both from the logit: exact also where the probability rounds to 0 or 1.
+            logs = logsigmoid(torch.cat([logits, -logits], 1))  # (N, 2 K)
+            tables = (logs @ _patterns(bits, z.device, z.dtype)).exp_()
+            low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
+            mean = torch.addmm(high.new_zeros(()), high.T, low, beta=0, alpha=1 / tokens)
+            if global_batch:
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
+            probabilities = logs.exp()
+            sample_entropy = (probabilities * logs).sum() / -tokens
+            above = mean + eps
+            log = above.log()
+            codebook_entropy = -(mean * log).sum()
+            of_mean = torch.addcdiv(log, mean, above)  # minus the derivative of the codebook's entropy
+        ctx.save_for_backward(logits, probabilities, tables, of_mean)
+        ctx.scale = scale
         return sample_entropy, codebook_entropy
 
     @staticmethod
     def backward(ctx, of_sample, of_codebook):
-        kept = ctx.saved_tensors
-        with _exactly(kept[0].device):
-            gradient = _compiled(_gradient) if ctx.compiled else _gradient
-            return gradient(*kept, ctx.scale, of_sample, of_codebook), None, None, None, None
+        logits, probabilities, tables, of_mean = ctx.saved_tensors
+        tokens, bits = logits.shape
+        with _exactly(logits.device):
+            p, q = probabilities.split(bits, 1)
+            low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
+            # Every process of a global batch has the same of_mean, of which 1/world is its share; DDP's average over
+            # processes brings that 1/world anyway.
+            of_mean = of_mean * of_codebook
+            of_tables = torch.empty_like(tables)
+            torch.mm(high, of_mean, out=of_tables[:, : low.shape[1]])
+            torch.mm(low, of_mean.T, out=of_tables[:, low.shape[1] :])
+            of_tables *= tables  # of the tables' logarithms
+            positive, negative = (of_tables @ _patterns(bits, logits.device, logits.dtype).T).split(bits, 1)
+            # d log p = q d logit, d log q = -p d logit, d entropy = -logit p q d logit
+            gradient = torch.addcmul(negative * p, torch.addcmul(positive, of_sample * logits, p), q, value=-1)
+            return gradient.mul_(ctx.scale / tokens), None, None, None
 
 
 @contextlib.contextmanager
@@ -140,7 +124,7 @@ def _exactly(device):
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False, compiled=False):
+def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     """Entropy of the soft assignment of tokens to all 2^K codes, without the (N, 2^K) table.
 
     The assignment of a token is softmax over codes c of 2 z.c / temperature. It factorises over bits: bit i is +1
@@ -154,11 +138,9 @@ def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False, compiled=Fa
     global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally
     many. The gradient is then right once it is averaged over processes, as DistributedDataParallel does: that
     average is the gradient of one process that holds all the tokens.
-
-    compiled: by torch.compile, where launching some thirty small operations takes longer than they do.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return _EntropyTerms.apply(z, 4 / temperature, eps, global_batch and dist.is_initialized(), compiled)
+    return _EntropyTerms.apply(z, 4 / temperature, eps, global_batch and dist.is_initialized())
 
 
 class LFQ(nn.Module):
@@ -169,13 +151,12 @@ class LFQ(nn.Module):
     - `indices` (B, h, w) int64, little-endian;
     - `losses`: scalars `sample_entropy`, `codebook_entropy`, `entropy` (their difference) and `commitment`
       (mean of (z - sign)^2, target detached). All zero in eval mode.
-    `global_batch` and `compiled`, off unless set: see `entropy_terms`.
+    `global_batch`, off unless set: codebook entropy of all processes' tokens, see `entropy_terms`.
     """
 
     def __init__(self, bits=18, temperature=0.01, eps=1e-5):
         super().__init__()
-        self.bits, self.temperature, self.eps = bits, temperature, eps
-        self.global_batch = self.compiled = False
+        self.bits, self.temperature, self.eps, self.global_batch = bits, temperature, eps, False
 
     def forward(self, z):
         signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
@@ -184,9 +165,7 @@ class LFQ(nn.Module):
         losses = dict.fromkeys(("entropy", "sample_entropy", "codebook_entropy", "commitment"), zero)
         if self.training:
             tokens = z.movedim(1, -1).reshape(-1, self.bits)  # (B, K, h, w) -> (N, K)
-            sample, codebook = entropy_terms(
-                tokens, self.temperature, self.eps, self.global_batch, self.compiled
-            )
+            sample, codebook = entropy_terms(tokens, self.temperature, self.eps, self.global_batch)
             commitment = (z.to(sample.dtype) - signs.detach().to(sample.dtype)).square().mean()
             losses = {
                 "entropy": sample - codebook,

@@ -214,7 +214,6 @@ def main():
         module.to(memory_format=rt.layout) if module is not None else None
     if runtime.should_compile(rt, args.compile, total):
         tokenizer.decoder.compile_upsamplers()
-        tokenizer.quantizer.compiled = True
         lpips.compile(dynamic=False) if lpips is not None else None
 
     # Only the networks that exchange gradients are wrapped; saved names never carry the wrapper's prefix.

@@ -92,7 +92,9 @@ def test_add_norm(width, adds, dropout, dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
-@pytest.mark.parametrize("rows, heads, width, grid, tokens", [(3, 2, 16, 4, 16), (2, 4, 32, 16, 255), (2, 3, 64, 32, 1024)])
+@pytest.mark.parametrize(
+    "rows, heads, width, grid, tokens", [(3, 2, 16, 4, 16), (2, 4, 32, 16, 255), (2, 3, 64, 32, 1024)]
+)
 def test_attend(rows, heads, width, grid, tokens, dtype, tolerance):
     import fused_training
 
@@ -127,7 +129,9 @@ def test_gate():
     first, second = h64.chunk(2, -1)
     y64 = F.silu(first) * second
     assert relative(y, y64) < 1e-6
-    assert relative(torch.autograd.grad(y, h, to_y)[0], torch.autograd.grad(y64, h64, to_y.double())[0]) < 1e-6
+    assert (
+        relative(torch.autograd.grad(y, h, to_y)[0], torch.autograd.grad(y64, h64, to_y.double())[0]) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("size", ["tiny16", "tiny8", "256_L", "128_L"])
