@@ -198,8 +198,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; dropout on what attention and feed-forward add, none inside attention.
 
-    (x, added) -> (x, added): what the feed-forward adds is left to the next block, whose first norm takes it in the
-    same pass over memory. `added` is None for the first.
+    (x, added) -> (x, added): what the feed-forward adds is left to the next block, whose first norm takes it
+    in the same pass over memory. `added` is None for the first.
     """
 
     def __init__(self, config, attention=Attention):
@@ -275,7 +275,8 @@ class ARTransformer(nn.Module):
         for block in self.spatial_blocks:
             x, added = block(x, added, rotary)
         x = x + F.dropout(added, self.config.dropout, self.training)
-        pair, added = torch.stack([x, self.pre_emb(pre)], dim=2).flatten(0, 1), None  # (B, N, 2, d) -> (B*N, 2, d)
+        pair = torch.stack([x, self.pre_emb(pre)], dim=2).flatten(0, 1)  # (B, N, 2, d) -> (B*N, 2, d)
+        added = None
         for block in self.factorized_blocks:
             # Released weights: the pair takes positions 0 and 1 of the same table, so 0 is zeroed here too.
             pair, added = block(pair, added, rotary[:, :2])
@@ -376,7 +377,8 @@ class ARTransformer(nn.Module):
             sub_token = _sample(logits, uniforms[:, part], *options[part])
             sub_tokens.append(sub_token)
             # Both branches of guidance go on from the token drawn.
-            x, added = embedding(sub_token).repeat(len(x) // len(sub_token), 1)[:, None], None  # (B,) -> (rows, 1, d)
+            x = embedding(sub_token).repeat(len(x) // len(sub_token), 1)[:, None]  # (B,) -> (rows, 1, d)
+            added = None
             following = following + x  # the next position's input is the sum of the two embeddings
         return following, sub_tokens
 

@@ -23,12 +23,9 @@ BLOCK = 64  # queries and keys that attention takes at once
 
 
 def usable(x, head_width=None):
-    """True on a GPU, for a head width that is a power of 2 from 16."""
-    return (
-        ENABLED
-        and x.is_cuda
-        and (head_width is None or (head_width >= 16 and head_width & (head_width - 1) == 0))
-    )
+    """True for what the kernels take: a GPU, float32 or half precision, a head width that is a power of 2 from 16."""
+    right_width = head_width is None or (head_width >= 16 and head_width & (head_width - 1) == 0)
+    return ENABLED and x.is_cuda and x.dtype != torch.float64 and right_width
 
 
 # ---------------------------------------------------------------------------------------------------------
