@@ -23,9 +23,10 @@ BLOCK = 64  # queries and keys that attention takes at once
 
 
 def usable(x, head_width=None):
-    """True for what the kernels take: a GPU, float32 or half precision, a head width that is a power of 2 from 16."""
-    right_width = head_width is None or (head_width >= 16 and head_width & (head_width - 1) == 0)
-    return ENABLED and x.is_cuda and x.dtype != torch.float64 and right_width
+    """True for what the kernels take: a GPU, float32 or half precision; and in attention a head width of 16, 32, 64,
+    or in half precision 128 (more fits no GPU's registers)."""
+    fits = head_width is None or (head_width in (16, 32, 64, 128) and head_width * x.element_size() <= 256)
+    return ENABLED and x.is_cuda and x.dtype != torch.float64 and fits
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -380,8 +381,10 @@ def _forward_attend(
     wrap_triton(_turn)[(tokens, rows)](
         qkv, rotary, turned, tokens, heads, width // heads, triton.next_power_of_2(2 * heads)
     )
+    small = width // heads * qkv.element_size() <= 128  # three stages fit the shared memory of any GPU
     wrap_triton(_attend)[(triton.cdiv(tokens, BLOCK), rows * heads)](
         turned, qkv, mixed, logsum, tokens, (width // heads) ** -0.5, heads, width // heads, BLOCK, _precision(),
+        num_stages=3 if small else 1,
     )  # fmt: skip
     return mixed, logsum, turned
 
