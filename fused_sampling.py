@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 import ar_model  # imports this file in turn
+from fused_training import gate
 from lfq import merge_indices
 
 ENABLED = True  # False: the plain form everywhere, to compare with
@@ -66,17 +67,6 @@ def _add_norm(x, delta, weight, y, size, width, eps, SHARES: tl.constexpr, BLOCK
     inverse = 1 / tl.sqrt(tl.sum(value * value) / width + eps)
     weight = tl.load(weight + i, mask, 0.0)
     tl.store(y + row * width + i, (value * inverse * weight).to(y.dtype.element_ty), mask)
-
-
-@triton.jit
-def _silu_product(h, y, width, BLOCK: tl.constexpr):
-    """y = silu(first half of h) * second half; h (rows, 2 width)."""
-    row = tl.program_id(0)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < width
-    first = tl.load(h + row * 2 * width + i, mask, 0.0).to(tl.float32)
-    second = tl.load(h + row * 2 * width + width + i, mask, 0.0).to(tl.float32)
-    tl.store(y + row * width + i, (first * tl.sigmoid(first) * second).to(y.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -244,9 +234,7 @@ class Decoder:
             BLOCK=32, num_warps=1,
         )  # fmt: skip
         hidden = F.linear(self._add_norm(x, self._deltas(mixed, wo), norm2), w13)
-        product = torch.empty((rows, hidden.shape[1] // 2), dtype=self.dtype, device=x.device)
-        _silu_product[(rows, triton.cdiv(product.shape[1], 1024))](hidden, product, product.shape[1], 1024)
-        return self._deltas(product, w2)
+        return self._deltas(gate(hidden), w2)
 
     def _step(self):
         """One token of every image, as `ARTransformer._token_step`; then the next position."""
