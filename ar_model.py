@@ -14,6 +14,7 @@ Letters: B batch, N tokens (grid^2, or the first of them), d width, H heads, D h
 sub-token. `rows` are the sequences that run: B, or 2 B where guidance adds the null class's branch.
 """
 
+import contextlib
 import dataclasses
 import math
 
@@ -26,11 +27,11 @@ from lfq import merge_indices
 from runtime import UserError
 from tokenizer import TokenizerConfig, entries_of, tokenizer_from_entries
 
-try:
-    import fused_sampling  # Triton kernels, on GPUs only
-    import fused_training
-except ImportError:
-    fused_sampling = fused_training = None
+fused_sampling = fused_training = None
+if torch.cuda.is_available():  # Triton kernels; their import takes seconds, which no CPU run should pay
+    with contextlib.suppress(ImportError):
+        import fused_sampling
+        import fused_training
 
 
 @dataclasses.dataclass(frozen=True)

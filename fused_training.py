@@ -39,9 +39,7 @@ def _kept(seed, row, width, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
     group = row.to(tl.int32) * (width // 4) + tl.arange(0, BLOCK // 4)
     a, b, c, d = tl.randint4x(seed, group)
     bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [BLOCK])
-    uniform = (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * (
-        1.0 / 16777216.0
-    )  # 24 bits, in [0, 1)
+    uniform = (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * 2.0**-24  # in [0, 1)
     return tl.where(uniform < DROPOUT, 0.0, 1 / (1 - DROPOUT))
 
 
@@ -110,8 +108,7 @@ def _forward_add_norm(
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     wrap_triton(_add_norm)[(rows,)](
         x, x if added is None else added, weight, weight if seed is None else seed, total, y, inverse, width,
-        added is not None, seed is not None, dropout, 1e-5,
-        triton.next_power_of_2(width),
+        added is not None, seed is not None, dropout, 1e-5, triton.next_power_of_2(width),
     )  # fmt: skip
     return total, y, inverse
 
@@ -129,8 +126,7 @@ def _backward_add_norm(
     wrap_triton(_add_norm_backward)[(programs,)](
         dy, dy if dtotal is None else dtotal, total, weight, inverse, weight if seed is None else seed, dx, dadded,
         dweight, rows, width, triton.cdiv(rows, programs), added is not None, seed is not None, dtotal is not None,
-        dropout,
-        triton.next_power_of_2(width),
+        dropout, triton.next_power_of_2(width),
     )  # fmt: skip
     return dx, dadded, dweight.sum(0)
 
@@ -193,9 +189,9 @@ def _gate_backward(h, dy, dh, width, BLOCK: tl.constexpr):
     dh += row * 2 * width + i
     first, second = tl.load(h, mask, 0.0).to(tl.float32), tl.load(h + width, mask, 0.0).to(tl.float32)
     gradient = tl.load(dy + row * width + i, mask, 0.0).to(tl.float32)
-    open_ = tl.sigmoid(first)
-    tl.store(dh, (gradient * second * open_ * (1 + first * (1 - open_))).to(dh.dtype.element_ty), mask)
-    tl.store(dh + width, (gradient * first * open_).to(dh.dtype.element_ty), mask)
+    passed = tl.sigmoid(first)
+    tl.store(dh, (gradient * second * passed * (1 + first * (1 - passed))).to(dh.dtype.element_ty), mask)
+    tl.store(dh + width, (gradient * first * passed).to(dh.dtype.element_ty), mask)
 
 
 @torch.library.triton_op("nanomagvit2::gate", mutates_args=())
