@@ -18,6 +18,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import logsigmoid
 
+fused_entropy = None
+if torch.cuda.is_available():  # Triton kernels; their import takes seconds, which no CPU run should pay
+    with contextlib.suppress(ImportError):
+        import fused_entropy
+
 
 def codes_to_indices(codes):
     """Index of each code: (..., K) real numbers -> (...) int64, little-endian: sum_i 2^i [codes_i > 0]."""
@@ -108,8 +113,40 @@ class _EntropyTerms(torch.autograd.Function):
             of_tables *= tables  # of the tables' logarithms
             positive, negative = (of_tables @ _patterns(bits, logits.device, logits.dtype).T).split(bits, 1)
             # d log p = q d logit, d log q = -p d logit, d entropy = -logit p q d logit
-            gradient = torch.addcmul(negative * p, torch.addcmul(positive, of_sample * logits, p), q, value=-1)
+            gradient = torch.addcmul(
+                negative * p, torch.addcmul(positive, of_sample * logits, p), q, value=-1
+            )
             return gradient.mul_(ctx.scale / tokens), None, None, None
+
+
+class _FusedEntropyTerms(torch.autograd.Function):
+    """The same on a GPU in 8 launches: one kernel each for what stands around the three matrix products."""
+
+    @staticmethod
+    def forward(ctx, z, scale, eps, global_batch):
+        (tokens, bits), z = z.shape, z.contiguous()
+        tables, entropies = fused_entropy.tables_of(z, scale)
+        low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
+        with _exactly(z.device):
+            total = high.T @ low
+        if global_batch:
+            dist.all_reduce(total)
+            tokens *= dist.get_world_size()
+        codebook_entropy, of_mean = fused_entropy.codebook_entropy(total, 1 / tokens, eps)
+        ctx.save_for_backward(z, tables, of_mean)
+        ctx.scale = scale
+        return entropies.mean(), codebook_entropy
+
+    @staticmethod
+    def backward(ctx, of_sample, of_codebook):
+        z, tables, of_mean = ctx.saved_tensors
+        (high_size, low_size), of_tables = of_mean.shape, torch.empty_like(tables)
+        low, high = tables.split([low_size, high_size], 1)
+        with _exactly(z.device):
+            torch.mm(high, of_mean, out=of_tables[:, :low_size])
+            torch.mm(low, of_mean.T, out=of_tables[:, low_size:])
+        dz = fused_entropy.gradient(z, tables, of_tables, of_sample, of_codebook, ctx.scale)
+        return dz, None, None, None
 
 
 @contextlib.contextmanager
@@ -140,7 +177,9 @@ def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     average is the gradient of one process that holds all the tokens.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return _EntropyTerms.apply(z, 4 / temperature, eps, global_batch and dist.is_initialized())
+    fused = fused_entropy and fused_entropy.usable(z)
+    terms = _FusedEntropyTerms if fused else _EntropyTerms
+    return terms.apply(z, 4 / temperature, eps, global_batch and dist.is_initialized())
 
 
 class LFQ(nn.Module):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from golden_files import fill, load, named_tensor, relative
 
+import lfq
 import losses
 import tokenizer as tk
 from ar_model import AR_SIZES, ARConfig, ARTransformer, cross_entropies, guided, image_uniforms, rotary_table
@@ -132,6 +133,37 @@ def test_gate():
     assert (
         relative(torch.autograd.grad(y, h, to_y)[0], torch.autograd.grad(y64, h64, to_y.double())[0]) < 1e-6
     )
+
+
+@pytest.mark.parametrize("deviation", [0.01, 0.1, 1.0])  # probabilities 0.5 and around to 0 and 1
+@pytest.mark.parametrize("tokens, bits", [(300, 1), (300, 2), (300, 7), (2048, 18), (100, 20)])
+def test_entropy_terms(tokens, bits, deviation):
+    """Both entropies and the gradient of each, z's rows not contiguous: against the plain code in float64."""
+    import fused_entropy
+
+    torch.manual_seed(0)
+    # half a deviation off 0: where all codes are as likely, codebook entropy has its maximum and no gradient
+    z = ((torch.randn(bits, tokens, device=GPU) + 0.5) * deviation).T
+    assert fused_entropy.usable(z) and not fused_entropy.usable(z.double())
+
+    def terms_and_gradients(z):
+        terms = lfq.entropy_terms(z.requires_grad_())
+        return *terms, *(torch.autograd.grad(term, z, retain_graph=True)[0] for term in terms)
+
+    for a, b in zip(terms_and_gradients(z.detach()), terms_and_gradients(z.double()), strict=True):
+        assert a.dtype == torch.float32 and a.shape == b.shape
+        assert relative(a, b) < 5e-6
+
+
+@pytest.mark.parametrize("kind, tolerance", [("soft", 1e-5), ("hard", 1e-2)])
+def test_golden_entropy(kind, tolerance):
+    golden = {name: value.to(GPU) for name, value in load(f"lfq_{kind}").items()}
+    z = golden["x"].requires_grad_()
+    _, _, ours = lfq.LFQ().train()(z)
+    assert relative(ours["sample_entropy"], golden["per_sample_entropy"]) < 1e-6
+    assert relative(ours["codebook_entropy"], golden["codebook_entropy"]) < 1e-6
+    (gradient,) = torch.autograd.grad(ours["entropy"], z)
+    assert relative(gradient, golden["grad_entropy_loss"]) < tolerance
 
 
 @pytest.mark.parametrize("size", ["tiny16", "tiny8", "256_L", "128_L"])
