@@ -169,11 +169,12 @@ class PairAttention(Attention):
     def forward(self, x, rotary, cache=None, start=0):
         if cache is not None or x.shape[1] != 2:
             return super().forward(x, rotary, cache, start)
-        width = x.shape[-1]
-        _, of_first, asked, of_second = self.wqkv(x).flatten(1).split([2 * width, width, 2 * width, width], -1)
+        # The first element's query and key are not needed.
+        of_asking, of_values = self.wqkv.weight.split([2 * x.shape[-1], x.shape[-1]])
+        of_first, of_second = F.linear(x, of_values).unbind(1)
         query, key, first, second = (
             part.unflatten(-1, (self.heads, -1)).float()  # (rows, d) -> (rows, H, D)
-            for part in (*asked.chunk(2, -1), of_first, of_second)
+            for part in (*F.linear(x[:, 1], of_asking).chunk(2, -1), of_first, of_second)
         )
         score = (query * key).sum(-1, keepdim=True) / math.sqrt(query.shape[-1])
         second = torch.lerp(first, second, score.sigmoid()).flatten(1).type_as(of_first)
@@ -282,8 +283,8 @@ class ARTransformer(nn.Module):
             # Released weights: the pair takes positions 0 and 1 of the same table, so 0 is zeroed here too.
             pair, added = block(pair, added, rotary[:, :2])
         _, pair = add_norm(pair, added, self.norm, self.config.dropout, self.training)
-        pair = pair.unflatten(0, (batch, tokens))
-        return [self.head[0](pair[:, :, 0]), self.head[1](pair[:, :, 1])]
+        parts = pair.unflatten(0, (batch, tokens)).unbind(2)  # (B*N, 2, d) -> two of (B, N, d)
+        return [head(part) for head, part in zip(self.head, parts, strict=True)]
 
     @torch.no_grad()
     def generate(
@@ -483,6 +484,20 @@ def cross_entropies(logits, sub_indices):
         F.cross_entropy(part.float().flatten(0, 1), answer.flatten())
         for part, answer in zip(logits, sub_indices, strict=True)
     )
+
+
+def clip_gradients(optimizer, in_step=False):
+    """Clip the gradients of all parameters together to a norm of 1; returns the norm before, a tensor.
+
+    in_step: leave the scaling to the optimizer's step, which saves a pass over memory. For fused optimizers, unsharded
+    gradients and no enabled GradScaler only; call it before every step.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not in_step:
+        return torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    optimizer.grad_scale = (norm + 1e-6).clamp(min=1)  # fused optimizers divide gradients by this attribute
+    return norm
 
 
 def learning_rate(

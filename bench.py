@@ -25,16 +25,17 @@ from PIL import Image
 import data
 import losses
 import runtime
-from ar_model import AR_SIZES, ARTransformer, cross_entropies
+from ar_model import AR_SIZES, ARTransformer, clip_gradients, cross_entropies
 from lfq import entropy_terms, split_indices
 from tokenizer import TOKENIZER_SIZES, Tokenizer
 
 try:
+    import fused_entropy
     import fused_norm
     import fused_sampling
     import fused_training
 except ImportError:  # no Triton: nothing to switch
-    fused_norm = fused_sampling = fused_training = None
+    fused_entropy = fused_norm = fused_sampling = fused_training = None
 
 # GFLOP an image, forward, 2 a multiply-add: encoder, decoder of 256_L; VGG16 of LPIPS; the discriminator.
 ENCODER, DECODER, VGG, DISCRIMINATOR = 266e9, 317e9, 40e9, 6.3e9
@@ -101,13 +102,13 @@ class Bench:
 
 def plain():
     """Switch the fused kernels off, for comparison; `fast()` switches them on again."""
-    for module in (fused_norm, fused_sampling, fused_training):
+    for module in (fused_entropy, fused_norm, fused_sampling, fused_training):
         if module:
             module.ENABLED = False
 
 
 def fast():
-    for module in (fused_norm, fused_sampling, fused_training):
+    for module in (fused_entropy, fused_norm, fused_sampling, fused_training):
         if module:
             module.ENABLED = True
 
@@ -231,7 +232,7 @@ def transformer_step(bench, name, batch, compiled, grid=16):
             logits = model(sub_indices, labels)
         pre, post = loss_terms(logits, sub_indices)
         (pre + post).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradients(optimizer, in_step=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import runtime
-from ar_model import AR_SIZES, ARTransformer, cross_entropies, learning_rate
+from ar_model import AR_SIZES, ARTransformer, clip_gradients, cross_entropies, learning_rate
 from checkpoint import changed_settings, hash_of, load_latest, restore, save_checkpoint
 from lfq import split_indices
 from sharding import rerun_in_backward, shard, shard_optimizer_state, unsharded, whole
@@ -266,7 +266,7 @@ def main():
 
         # One step
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = clip_gradients(optimizer, in_step=fused and not (args.shard or scaler.is_enabled()))
         norm = norm.full_tensor() if args.shard else norm
         scaler.step(optimizer)
         scaler.update()

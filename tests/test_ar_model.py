@@ -104,6 +104,26 @@ def test_schedule_defaults_and_ends():
     assert ar_model.learning_rate(9, 1.0, 10, 1, 0, flat=1.0) == 1.0
 
 
+@pytest.mark.parametrize("size", [0.01, 10.0, math.nan, math.inf])
+def test_clipping_in_the_step(size):
+    """Gradients of norms below and above 1, and not finite: as torch's own clipping; nothing of it is saved."""
+    weights, norms, states = [], [], []
+    for in_step in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(30, 20)
+        optimizer = torch.optim.AdamW(layer.parameters(), 1e-2, weight_decay=0.05, fused=True)
+        for factor in (1, 300, 2):
+            layer.weight.grad, layer.bias.grad = torch.randn(20, 30) * factor * 1e-3, torch.zeros(20)
+            layer.weight.grad[0, 0] *= size
+            norms.append(ar_model.clip_gradients(optimizer, in_step))
+            optimizer.step()
+        weights.append(layer.weight.detach())
+        states.append(optimizer.state_dict())
+    torch.testing.assert_close(norms[3:], norms[:3], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(states[1], states[0], rtol=1e-5, atol=1e-12, equal_nan=True)
+
+
 def test_golden_training():
     golden = load("train_ar_tiny")
     model = tiny(dataclasses.replace(TINY, dropout=0.0)).train()
