@@ -2,7 +2,7 @@
 
     tables, entropies = tables_of(z, scale)                  # all sign patterns of both halves of the bits
     entropy, of_mean = codebook_entropy(total, share, eps)   # total: the halves' matrix product
-    dz = gradient(z, tables, of_tables, of_sample, of_codebook, scale)
+    of_sample, of_codebook = gradients(z, tables, of_tables, scale)
 
 `lfq.py` calls them where `usable(z)`, between its matrix products; its plain code says what they compute. All
 sums have a fixed order. A half's table has 2^count entries, entry j for the pattern whose sign i is bit i.
@@ -73,8 +73,8 @@ def _codebook_entropy(total, share, eps, uniform, sums, of_mean, BLOCK: tl.const
 
 
 @triton.jit
-def _half_gradient(z, scale, table, of_table, of_sample, of_codebook, factor, dz, COUNT: tl.constexpr):
-    """Gradients of one half's bits, from that of its table (minus it, and but for of_codebook)."""
+def _half_gradients(z, scale, table, of_table, factor, of_sample, of_codebook, COUNT: tl.constexpr):
+    """Gradients by one half's bits; of_table is minus the gradient by its table."""
     pattern = tl.arange(0, 2**COUNT)
     of_log = tl.load(table + pattern) * tl.load(of_table + pattern)  # of the table's logarithm
     for i in tl.static_range(COUNT):
@@ -83,25 +83,23 @@ def _half_gradient(z, scale, table, of_table, of_sample, of_codebook, factor, dz
         positive = (pattern >> i & 1) == 1
         of_log_p, of_log_q = tl.sum(tl.where(positive, of_log, 0.0)), tl.sum(tl.where(positive, 0.0, of_log))
         # d log p = q d logit, d log q = -p d logit, d entropy = -logit p q d logit
-        of_logit = of_codebook * (of_log_q * p - of_log_p * q) - of_sample * logit * p * q
-        tl.store(dz + i, of_logit * factor)
+        tl.store(of_codebook + i, (of_log_q * p - of_log_p * q) * factor)
+        tl.store(of_sample + i, -logit * p * q * factor)
 
 
 @triton.jit
-def _gradient(
-    z, scale, tables, of_tables, of_sample, of_codebook, factor, dz, LOW: tl.constexpr, HIGH: tl.constexpr
+def _gradients(
+    z, scale, tables, of_tables, factor, of_sample, of_codebook, LOW: tl.constexpr, HIGH: tl.constexpr
 ):
-    """A token's gradient; a program a token."""
+    """A token's gradients; a program a token."""
     token = tl.program_id(0).to(tl.int64)
-    z += token * (LOW + HIGH)
-    dz += token * (LOW + HIGH)
-    tables += token * (2**LOW + 2**HIGH)
-    of_tables += token * (2**LOW + 2**HIGH)
-    sample, codebook = tl.load(of_sample), tl.load(of_codebook)
-    _half_gradient(z, scale, tables, of_tables, sample, codebook, factor, dz, LOW)
-    tables += 2**LOW
-    of_tables += 2**LOW
-    _half_gradient(z + LOW, scale, tables, of_tables, sample, codebook, factor, dz + LOW, HIGH)
+    place, tables_place = token * (LOW + HIGH), token * (2**LOW + 2**HIGH)
+    z, of_sample, of_codebook = z + place, of_sample + place, of_codebook + place
+    tables, of_tables = tables + tables_place, of_tables + tables_place
+    _half_gradients(z, scale, tables, of_tables, factor, of_sample, of_codebook, LOW)
+    z, of_sample, of_codebook = z + LOW, of_sample + LOW, of_codebook + LOW
+    tables, of_tables = tables + 2**LOW, of_tables + 2**LOW
+    _half_gradients(z, scale, tables, of_tables, factor, of_sample, of_codebook, HIGH)
 
 
 def tables_of(z, scale):
@@ -124,13 +122,13 @@ def codebook_entropy(total, share, eps):
     return sums.sum(), of_mean
 
 
-def gradient(z, tables, of_tables, of_sample, of_codebook, scale):
-    """Gradient of z: from of_tables, which is what `of_mean` brings to `tables`, and from the two entropies'
-    gradients, scalars on the GPU."""
-    (tokens, bits), low, dz = z.shape, z.shape[1] // 2, torch.empty_like(z)
+def gradients(z, tables, of_tables, scale):
+    """Gradients by z of the mean sample entropy and of the codebook entropy, from of_tables, the products of `of_mean`
+    with the tables."""
+    (tokens, bits), low = z.shape, z.shape[1] // 2
+    of_sample, of_codebook = torch.empty_like(z), torch.empty_like(z)
     with torch.cuda.device(z.device):
-        _gradient[(tokens,)](
-            z, scale, tables, of_tables, of_sample, of_codebook, scale / tokens, dz, low, bits - low,
-            num_warps=1,
-        )  # fmt: skip
-    return dz
+        _gradients[(tokens,)](
+            z, scale, tables, of_tables, scale / tokens, of_sample, of_codebook, low, bits - low, num_warps=1
+        )
+    return of_sample, of_codebook

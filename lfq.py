@@ -16,6 +16,7 @@ import functools
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 fused_entropy = None
@@ -67,86 +68,72 @@ def _patterns(bits, device, dtype):
 
 
 class _EntropyTerms(torch.autograd.Function):
-    """`entropy_terms` of z (N, K), with p_i = sigmoid(scale * z_i).
+    """`entropy_terms` of z (N, K), with p_i = sigmoid(scale * z_i). The gradients are made with the terms: two tensors of
+    z's size are all that has to wait for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, z, scale, eps, global_batch):
+        compute = _fused_terms if fused_entropy and fused_entropy.usable(z) else _terms
+        terms, gradients = compute(z.contiguous(), scale, eps, global_batch)
+        ctx.save_for_backward(*gradients)
+        return terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_sample, of_codebook):
+        sample, codebook = ctx.saved_tensors
+        return torch.addcmul(of_sample * sample, of_codebook, codebook), None, None, None
+
+
+def _terms(z, scale, eps, global_batch):
+    """(sample and codebook entropy), (gradient of each).
 
     By hand because it is short and few operations are fast ones: the tables of both halves' sign patterns are one
     matrix product of logarithms, the mean assignment another, (2^(K - K//2), 2^(K//2)), high half by low half; and
     nothing of size 2^K * N is ever made. Without TF32: reduced precision here moves the codebook gradient by percents.
     """
-
-    @staticmethod
-    def forward(ctx, z, scale, eps, global_batch):
-        tokens, bits = z.shape
-        with _exactly(z.device):
-            logits = z * scale
-            # log p and log q, both from the logit: exact also where the probability rounds to 0 or 1.
-            logs = logsigmoid(torch.cat([logits, -logits], 1))  # (N, 2 K)
-            tables = (logs @ _patterns(bits, z.device, z.dtype)).exp_()
-            low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
-            mean = torch.addmm(high.new_zeros(()), high.T, low, beta=0, alpha=1 / tokens)
-            if global_batch:
-                dist.all_reduce(mean)
-                mean /= dist.get_world_size()
-            probabilities = logs.exp()
-            sample_entropy = (probabilities * logs).sum() / -tokens
-            above = mean + eps
-            log = above.log()
-            codebook_entropy = -(mean * log).sum()
-            of_mean = torch.addcdiv(log, mean, above)  # minus the derivative of the codebook's entropy
-        ctx.save_for_backward(logits, probabilities, tables, of_mean)
-        ctx.scale = scale
-        return sample_entropy, codebook_entropy
-
-    @staticmethod
-    def backward(ctx, of_sample, of_codebook):
-        logits, probabilities, tables, of_mean = ctx.saved_tensors
-        tokens, bits = logits.shape
-        with _exactly(logits.device):
-            p, q = probabilities.split(bits, 1)
-            low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
-            # Every process of a global batch has the same of_mean, of which 1/world is its share; DDP's average over
-            # processes brings that 1/world anyway.
-            of_mean = of_mean * of_codebook
-            of_tables = torch.empty_like(tables)
-            torch.mm(high, of_mean, out=of_tables[:, : low.shape[1]])
-            torch.mm(low, of_mean.T, out=of_tables[:, low.shape[1] :])
-            of_tables *= tables  # of the tables' logarithms
-            positive, negative = (of_tables @ _patterns(bits, logits.device, logits.dtype).T).split(bits, 1)
-            # d log p = q d logit, d log q = -p d logit, d entropy = -logit p q d logit
-            gradient = torch.addcmul(
-                negative * p, torch.addcmul(positive, of_sample * logits, p), q, value=-1
-            )
-            return gradient.mul_(ctx.scale / tokens), None, None, None
-
-
-class _FusedEntropyTerms(torch.autograd.Function):
-    """The same on a GPU in 8 launches: one kernel each for what stands around the three matrix products."""
-
-    @staticmethod
-    def forward(ctx, z, scale, eps, global_batch):
-        (tokens, bits), z = z.shape, z.contiguous()
-        tables, entropies = fused_entropy.tables_of(z, scale)
+    tokens, bits = z.shape
+    with _exactly(z.device):
+        logits, patterns = z * scale, _patterns(bits, z.device, z.dtype)
+        # log p and log q, both from the logit: exact also where the probability rounds to 0 or 1.
+        logs = logsigmoid(torch.cat([logits, -logits], 1))  # (N, 2 K)
+        tables = (logs @ patterns).exp_()
         low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
-        with _exactly(z.device):
-            total = high.T @ low
+        mean = high.T @ low / tokens
+        if global_batch:
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        probabilities = logs.exp()
+        sample_entropy = -(probabilities * logs).sum() / tokens
+        above = mean + eps
+        log = above.log()
+        codebook_entropy = -(mean * log).sum()
+
+        # Backwards, from the mean to the tables' logarithms, log p and log q, and the logits. Every process of a global
+        # batch has the same of_mean, of which 1/world is its share; DDP's average brings that 1/world anyway.
+        of_mean = -torch.addcdiv(log, mean, above)
+        of_tables = torch.cat([high @ of_mean, low @ of_mean.T], 1).mul_(tables)
+        of_log_p, of_log_q = (of_tables @ patterns.T).split(bits, 1)
+        p, q = probabilities.split(bits, 1)
+        # d log p = q d logit, d log q = -p d logit, d entropy = -logit p q d logit
+        of_codebook = (of_log_p * q - of_log_q * p) * (scale / tokens)
+        of_sample = logits * p * q * (-scale / tokens)
+    return (sample_entropy, codebook_entropy), (of_sample, of_codebook)
+
+
+def _fused_terms(z, scale, eps, global_batch):
+    """The same on a GPU: what stands around the three matrix products there is one kernel each."""
+    tokens, bits = z.shape
+    tables, entropies = fused_entropy.tables_of(z, scale)
+    low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
+    with _exactly(z.device):
+        total = high.T @ low
         if global_batch:
             dist.all_reduce(total)
             tokens *= dist.get_world_size()
         codebook_entropy, of_mean = fused_entropy.codebook_entropy(total, 1 / tokens, eps)
-        ctx.save_for_backward(z, tables, of_mean)
-        ctx.scale = scale
-        return entropies.mean(), codebook_entropy
-
-    @staticmethod
-    def backward(ctx, of_sample, of_codebook):
-        z, tables, of_mean = ctx.saved_tensors
-        (high_size, low_size), of_tables = of_mean.shape, torch.empty_like(tables)
-        low, high = tables.split([low_size, high_size], 1)
-        with _exactly(z.device):
-            torch.mm(high, of_mean, out=of_tables[:, :low_size])
-            torch.mm(low, of_mean.T, out=of_tables[:, low_size:])
-        dz = fused_entropy.gradient(z, tables, of_tables, of_sample, of_codebook, ctx.scale)
-        return dz, None, None, None
+        of_tables = torch.cat([high @ of_mean, low @ of_mean.T], 1)
+    return (entropies.mean(), codebook_entropy), fused_entropy.gradients(z, tables, of_tables, scale)
 
 
 @contextlib.contextmanager
@@ -177,9 +164,7 @@ def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     average is the gradient of one process that holds all the tokens.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    fused = fused_entropy and fused_entropy.usable(z)
-    terms = _FusedEntropyTerms if fused else _EntropyTerms
-    return terms.apply(z, 4 / temperature, eps, global_batch and dist.is_initialized())
+    return _EntropyTerms.apply(z, 4 / temperature, eps, global_batch and dist.is_initialized())
 
 
 class LFQ(nn.Module):
