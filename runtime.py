@@ -174,7 +174,6 @@ def set_precision(rt, precision):
         raise UserError(f"unknown precision '{precision}'; choose one of {', '.join(PRECISIONS)}")
     if precision == "fp16" and rt.device.type == "cpu":
         raise UserError("fp16 needs an accelerator; on a CPU use --precision fp32 or bf16")
-    torch.backends.cudnn.benchmark = True  # convolutions of a few shapes, run often: worth choosing the fastest
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     return precision
 

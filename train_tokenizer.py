@@ -148,6 +148,9 @@ def main():
     args = parse()
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
+    # Try out convolution algorithms: few shapes, run often. Not in scripts whose pictures, codes or metrics must be the
+    # same from any number of processes: each process may find another one the fastest.
+    torch.backends.cudnn.benchmark = True
     accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
 
     # Data and models
