@@ -337,6 +337,10 @@ class ARTransformer(nn.Module):
     def compile_blocks(self):
         """Compile each block for itself: one compilation serves all blocks of a kind, and state-dict entries keep
         their names."""
+        # DDP would have blocks cut at the ends of its buckets, and what is fused across a cut is lost.
+        torch._dynamo.config.optimize_ddp = False
+        # Its keys leave out kernels of the backward pass: it would go on using the old ones after they were edited.
+        torch._functorch.config.enable_autograd_cache = False
         for block in (*self.spatial_blocks, *self.factorized_blocks):
             block.compile(dynamic=False)
 
@@ -489,13 +493,13 @@ def cross_entropies(logits, sub_indices):
 def clip_gradients(optimizer, in_step=False):
     """Clip the gradients of all parameters together to a norm of 1; returns the norm before, a tensor.
 
-    in_step: leave the scaling to the optimizer's step, which saves a pass over memory. For fused optimizers, unsharded
-    gradients and no enabled GradScaler only; call it before every step.
+    in_step: leave the scaling to the optimizer's step, which saves a pass over memory. For fused optimizers and unsharded
+    gradients, before every step, and after a GradScaler's `unscale_`.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not in_step:
         return torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     optimizer.grad_scale = (norm + 1e-6).clamp(min=1)  # fused optimizers divide gradients by this attribute
     return norm
 

@@ -157,7 +157,7 @@ def bench_entropy(bench):
 def tokenizer_step(bench, batch, compiled):
     """One complete step of 256_L training as train_tokenizer.py makes it, as a function to call."""
     torch.compiler.reset()  # each size is compiled anew, as a run would
-    torch.backends.cudnn.benchmark = True  # as train_tokenizer.py does, and only it
+    torch.backends.cudnn.benchmark = True  # as train_tokenizer.py does
     torch.manual_seed(0)
     device = bench.device
     tokenizer = Tokenizer(TOKENIZER_SIZES["256_L"]).to(device)
@@ -311,7 +311,7 @@ def bench_sampling(bench, cases=SAMPLED):
 
 def bench_decoder(bench, batch=50):
     """The decoder of 256_L."""
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = False  # as sample.py
     tokenizer = Tokenizer(TOKENIZER_SIZES["256_L"]).to(bench.device).eval()
     indices = torch.randint(2**18, (batch, 16, 16), device=bench.device)
 

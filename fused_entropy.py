@@ -25,7 +25,7 @@ def usable(z):
 
 @triton.jit
 def _probabilities(logit):
-    """p = sigmoid(logit), q = 1 - p, log p, log q: each to its last digits, also where p or q rounds to 1."""
+    """p = sigmoid(logit), q = 1 - p, log p, log q: nothing cancels where p or q rounds to 1."""
     e = tl.exp(-tl.abs(logit))
     u = 1 + e
     log_u = tl.where(u == 1, e, tl.log(u) * (e / (u - 1)))  # log(1 + e) despite u's rounding
@@ -60,21 +60,21 @@ def _tables(z, scale, tables, entropies, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 @triton.jit
 def _codebook_entropy(total, share, eps, uniform, sums, of_mean, BLOCK: tl.constexpr):
-    """A block of codes: its part of the entropy of mean = total * share, and minus the entropy's derivative.
+    """A block of codes: its part of the entropy of mean = total * share, and the entropy's derivative.
 
-    The derivative is taken less a constant, log(uniform), uniform = 2^-K + eps. As a token's probabilities
-    add up to 1 that moves no gradient; but with soft assignments rounding takes much less from what does."""
+    The derivative leaves out a constant, -log(uniform), uniform = 2^-K + eps: it cancels in the gradient, as a token's
+    probabilities add up to 1. Left in, it would cost digits where assignments are soft and log(mean) is nearly it."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mean = tl.load(total + place) * share
     above = mean + eps
     log = tl.log(above / uniform)
-    tl.store(of_mean + place, log + mean / above)
+    tl.store(of_mean + place, -(log + mean / above))
     tl.store(sums + tl.program_id(0), -tl.sum(mean * (log + tl.log(uniform))))
 
 
 @triton.jit
 def _half_gradients(z, scale, table, of_table, factor, of_sample, of_codebook, COUNT: tl.constexpr):
-    """Gradients by one half's bits; of_table is minus the gradient by its table."""
+    """Gradients by one half's bits, from that by its table."""
     pattern = tl.arange(0, 2**COUNT)
     of_log = tl.load(table + pattern) * tl.load(of_table + pattern)  # of the table's logarithm
     for i in tl.static_range(COUNT):
@@ -83,7 +83,7 @@ def _half_gradients(z, scale, table, of_table, factor, of_sample, of_codebook, C
         positive = (pattern >> i & 1) == 1
         of_log_p, of_log_q = tl.sum(tl.where(positive, of_log, 0.0)), tl.sum(tl.where(positive, 0.0, of_log))
         # d log p = q d logit, d log q = -p d logit, d entropy = -logit p q d logit
-        tl.store(of_codebook + i, (of_log_q * p - of_log_p * q) * factor)
+        tl.store(of_codebook + i, (of_log_p * q - of_log_q * p) * factor)
         tl.store(of_sample + i, -logit * p * q * factor)
 
 
@@ -113,8 +113,8 @@ def tables_of(z, scale):
 
 
 def codebook_entropy(total, share, eps):
-    """-sum(mean log(mean + eps)) of mean = total * share (2^K numbers); and, but for a constant, minus its
-    derivative."""
+    """-sum(mean log(mean + eps)) of mean = total * share (2^K numbers); and its derivative, but for a
+    constant."""
     codes, block = total.numel(), min(BLOCK, total.numel())
     sums, of_mean = total.new_empty(codes // block), torch.empty_like(total)
     with torch.cuda.device(total.device):

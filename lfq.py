@@ -122,7 +122,7 @@ def _terms(z, scale, eps, global_batch):
 
 
 def _fused_terms(z, scale, eps, global_batch):
-    """The same on a GPU: what stands around the three matrix products there is one kernel each."""
+    """The same on a GPU: the many small operations around the matrix products are three kernels."""
     tokens, bits = z.shape
     tables, entropies = fused_entropy.tables_of(z, scale)
     low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
@@ -132,7 +132,9 @@ def _fused_terms(z, scale, eps, global_batch):
             dist.all_reduce(total)
             tokens *= dist.get_world_size()
         codebook_entropy, of_mean = fused_entropy.codebook_entropy(total, 1 / tokens, eps)
-        of_tables = torch.cat([high @ of_mean, low @ of_mean.T], 1)
+        of_tables = torch.empty_like(tables)
+        torch.mm(high, of_mean, out=of_tables[:, : low.shape[1]])
+        torch.mm(low, of_mean.T, out=of_tables[:, low.shape[1] :])
     return (entropies.mean(), codebook_entropy), fused_entropy.gradients(z, tables, of_tables, scale)
 
 

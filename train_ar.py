@@ -266,7 +266,7 @@ def main():
 
         # One step
         scaler.unscale_(optimizer)
-        norm = clip_gradients(optimizer, in_step=fused and not (args.shard or scaler.is_enabled()))
+        norm = clip_gradients(optimizer, in_step=fused and not args.shard)
         norm = norm.full_tensor() if args.shard else norm
         scaler.step(optimizer)
         scaler.update()

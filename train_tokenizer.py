@@ -148,8 +148,8 @@ def main():
     args = parse()
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
-    # Try out convolution algorithms: few shapes, run often. Not in scripts whose pictures, codes or metrics must be the
-    # same from any number of processes: each process may find another one the fastest.
+    # Try out convolution algorithms: few shapes, run often. Each process may find another one the fastest, so scripts
+    # that make codes, pictures or published metrics don't; validation's figures here may move in their last digits.
     torch.backends.cudnn.benchmark = True
     accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
 

@@ -104,21 +104,33 @@ def test_schedule_defaults_and_ends():
     assert ar_model.learning_rate(9, 1.0, 10, 1, 0, flat=1.0) == 1.0
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("size", [0.01, 10.0, math.nan, math.inf])
-def test_clipping_in_the_step(size):
-    """Gradients of norms below and above 1, and not finite: as torch's own clipping; nothing of it is saved."""
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_clipping_in_the_step(device, size, scaled):
+    """Gradients of norms below and above 1, and not finite, with and without a GradScaler: as torch's own clipping;
+    nothing of it is saved."""
     weights, norms, states = [], [], []
     for in_step in (False, True):
         torch.manual_seed(0)
-        layer = torch.nn.Linear(30, 20)
+        layer = torch.nn.Linear(30, 20, device=device)
+        layer.frozen = torch.nn.Parameter(torch.ones(3, device=device))  # without a gradient
         optimizer = torch.optim.AdamW(layer.parameters(), 1e-2, weight_decay=0.05, fused=True)
+        scaler = torch.amp.GradScaler(device, enabled=scaled)
         for factor in (1, 300, 2):
-            layer.weight.grad, layer.bias.grad = torch.randn(20, 30) * factor * 1e-3, torch.zeros(20)
-            layer.weight.grad[0, 0] *= size
+            gradient = torch.randn(20, 30, device=device) * factor * 1e-3
+            gradient[0, 0] *= size
+            scaler.scale((layer.weight * gradient).sum()).backward()
+            scaler.unscale_(optimizer)
             norms.append(ar_model.clip_gradients(optimizer, in_step))
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
         weights.append(layer.weight.detach())
-        states.append(optimizer.state_dict())
+        states.append([optimizer.state_dict(), scaler.state_dict()])
     torch.testing.assert_close(norms[3:], norms[:3], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7, equal_nan=True)
     torch.testing.assert_close(states[1], states[0], rtol=1e-5, atol=1e-12, equal_nan=True)

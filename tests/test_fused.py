@@ -138,9 +138,11 @@ def test_gate():
 @pytest.mark.parametrize("deviation", [0.01, 0.1, 1.0])  # probabilities 0.5 and around to 0 and 1
 @pytest.mark.parametrize("tokens, bits", [(300, 1), (300, 2), (300, 7), (2048, 18), (100, 20)])
 def test_entropy_terms(tokens, bits, deviation):
-    """Both entropies and the gradient of each, z's rows not contiguous: against the plain code in float64."""
+    """Both entropies and the gradient of each, z's rows not contiguous: against the plain code in float64. TF32 is
+    allowed, as in training, and must not be used."""
     import fused_entropy
 
+    torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(0)
     # half a deviation off 0: where all codes are as likely, codebook entropy has its maximum and no gradient
     z = ((torch.randn(bits, tokens, device=GPU) + 0.5) * deviation).T
@@ -153,6 +155,22 @@ def test_entropy_terms(tokens, bits, deviation):
     for a, b in zip(terms_and_gradients(z.detach()), terms_and_gradients(z.double()), strict=True):
         assert a.dtype == torch.float32 and a.shape == b.shape
         assert relative(a, b) < 5e-6
+
+
+def test_entropy_terms_of_a_global_batch(monkeypatch):
+    """Two processes with the same tokens: what one has alone."""
+    z = torch.randn(300, 12, device=GPU, requires_grad=True)
+
+    def terms_and_gradient(global_batch):
+        sample, codebook = lfq.entropy_terms(z, global_batch=global_batch)
+        return sample, codebook, torch.autograd.grad(sample - codebook, z)[0]
+
+    alone = terms_and_gradient(False)
+    monkeypatch.setattr(lfq.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(lfq.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(lfq.dist, "all_reduce", lambda total: total.mul_(2))
+    for a, b in zip(terms_and_gradient(True), alone, strict=True):
+        assert relative(a, b) < 1e-6
 
 
 @pytest.mark.parametrize("kind, tolerance", [("soft", 1e-5), ("hard", 1e-2)])
