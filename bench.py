@@ -34,8 +34,10 @@ try:
     import fused_norm
     import fused_sampling
     import fused_training
+
+    FUSED = fused_entropy, fused_norm, fused_sampling, fused_training
 except ImportError:  # no Triton: nothing to switch
-    fused_entropy = fused_norm = fused_sampling = fused_training = None
+    FUSED = ()
 
 # GFLOP an image, forward, 2 a multiply-add: encoder, decoder of 256_L; VGG16 of LPIPS; the discriminator.
 ENCODER, DECODER, VGG, DISCRIMINATOR = 266e9, 317e9, 40e9, 6.3e9
@@ -102,15 +104,13 @@ class Bench:
 
 def plain():
     """Switch the fused kernels off, for comparison; `fast()` switches them on again."""
-    for module in (fused_entropy, fused_norm, fused_sampling, fused_training):
-        if module:
-            module.ENABLED = False
+    for module in FUSED:
+        module.ENABLED = False
 
 
 def fast():
-    for module in (fused_entropy, fused_norm, fused_sampling, fused_training):
-        if module:
-            module.ENABLED = True
+    for module in FUSED:
+        module.ENABLED = True
 
 
 def row(what, ours, other, memory, share=None, images=None):
