@@ -28,7 +28,7 @@ from runtime import UserError
 from tokenizer import TokenizerConfig, entries_of, tokenizer_from_entries
 
 fused_sampling = fused_training = None
-if torch.cuda.is_available():  # Triton kernels; their import takes seconds, which no CPU run should pay
+if torch.cuda.is_available():  # Triton kernels; their import takes a second, which no CPU run should pay
     with contextlib.suppress(ImportError):
         import fused_sampling
         import fused_training

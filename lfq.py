@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 fused_entropy = None
-if torch.cuda.is_available():  # Triton kernels; their import takes seconds, which no CPU run should pay
+if torch.cuda.is_available():  # Triton kernels
     with contextlib.suppress(ImportError):
         import fused_entropy
 

@@ -9,6 +9,7 @@ Fully convolutional, no attention: any height and width that the factor f divide
 Letters: B batch, K bits (latent channels), C channels, H W pixels, h w latent grid (h = H / f).
 """
 
+import contextlib
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,10 +20,10 @@ from checkpoint import locate, match, read_weights
 from lfq import LFQ, indices_to_codes
 from runtime import UserError
 
-try:
-    import fused_norm  # Triton kernels, on GPUs only
-except ImportError:
-    fused_norm = None
+fused_norm = None
+if torch.cuda.is_available():  # Triton kernels
+    with contextlib.suppress(ImportError):
+        import fused_norm
 
 
 @dataclass(frozen=True)
