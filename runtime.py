@@ -91,6 +91,12 @@ class Runtime:
             dist.all_gather_object(things, thing, group=self.control)
         return things
 
+    def to_device(self, tensor):
+        """A CPU tensor's copy on the device, without waiting for what the device still has to do."""
+        if self.device.type != "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def barrier(self):
         if self.world > 1:
             dist.barrier(group=self.control)

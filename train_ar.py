@@ -10,19 +10,18 @@ very weights of a run never stopped.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import math
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import runtime
 from ar_model import AR_SIZES, ARTransformer, clip_gradients, cross_entropies, learning_rate
 from checkpoint import changed_settings, hash_of, load_latest, restore, save_checkpoint
 from lfq import split_indices
+from passes import Gradients, Graphs
 from sharding import rerun_in_backward, shard, shard_optimizer_state, unsharded, whole
 from tokenizer import load_tokenizer
 
@@ -106,7 +105,7 @@ def parse(argv=None):
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the small parts where it pays; default: on a GPU, for runs of 500 steps or more",
+        help="compile the blocks and replay whole passes as CUDA graphs; default: on a GPU, for runs of 500 steps or more",
     )
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/ar", help="the run's folder")
@@ -196,7 +195,8 @@ def main():
     loss_terms = cross_entropies
     # Compiled blocks together with sharding or rerun blocks have not been tried: only where asked for.
     plain_blocks = not (args.shard or args.checkpoint_activations)
-    if args.compile or (plain_blocks and runtime.should_compile(rt, args.compile, total)):
+    compiled = args.compile or (plain_blocks and runtime.should_compile(rt, args.compile, total))
+    if compiled:
         model.compile_blocks()
         loss_terms = torch.compile(cross_entropies, dynamic=False)
     shard(rt, model, args.precision) if args.shard else model.to(rt.device)
@@ -219,9 +219,21 @@ def main():
         + (f"; resumed {path} at step {first}" if state else "")
     )
     del state
-    # A sharded model reduces gradients itself, every micro-batch's: waiting would keep them whole everywhere.
-    replicated = rt.world > 1 and not args.shard
-    step_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if replicated else model
+
+    # Passes, forward and backward. A sharded model talks to other processes in each, which no graph may.
+    gradients = Gradients(rt, model.parameters(), args.shard)
+    graphs = Graphs(compiled and plain_blocks and rt.device.type == "cuda")
+    share = accumulation * (1 if args.shard else rt.world)  # the micro-batches whose losses a step adds up
+
+    def run_pass(first, indices, labels):
+        if first:
+            gradients.clear()
+        sub_indices = split_indices(indices, parts)
+        with runtime.autocast(rt.device, args.precision):
+            logits = model(sub_indices, labels)
+        pre, post = loss_terms(logits, sub_indices)
+        scaler.scale((pre + post) / share).backward()
+        return {"pre": pre.detach(), "post": post.detach()}
 
     def save(step):
         guard.watch(step, *model.state_dict().values())
@@ -246,23 +258,16 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Forward and backward, micro-batch by micro-batch; DDP's gradients travel with the last one only
+        # Forward and backward, micro-batch by micro-batch; gradients travel once, after the last
         terms = []
         for i in range(accumulation):
             number = rt.rank * accumulation + i  # of this micro-batch within the global batch
             entries = order.at(step * args.global_batch + number * args.micro_batch, args.micro_batch)
-            indices, labels = (
-                part.to(rt.device, non_blocking=True) for part in codes.batch(entries, args.seed)
-            )
-            sub_indices = split_indices(indices, parts)
+            indices, labels = (rt.to_device(part) for part in codes.batch(entries, args.seed))
             runtime.seed_everything(args.seed, step, number)  # class dropout and dropout
-            syncing = i == accumulation - 1 or not replicated
-            with contextlib.nullcontext() if syncing else step_model.no_sync():
-                with runtime.autocast(rt.device, args.precision):
-                    logits = step_model(sub_indices, labels)
-                pre, post = loss_terms(logits, sub_indices)
-                scaler.scale((pre + post) / accumulation).backward()
-            terms.append(torch.stack([pre.detach(), post.detach()]))
+            found = graphs.run(run_pass, i == 0, indices, labels)
+            terms.append(torch.stack([found["pre"], found["post"]]))
+        gradients.exchange()
 
         # One step
         scaler.unscale_(optimizer)
@@ -270,7 +275,6 @@ def main():
         norm = norm.full_tensor() if args.shard else norm
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         means = torch.stack(terms).mean(0)
         guard.watch(step + 1, means.sum())
 
@@ -290,6 +294,7 @@ def main():
                 lr=lr,
             )
         if done % args.eval_every == 0 or done == total:
+            graphs.forget()
             if val_codes:
                 pre, post = validation_losses(rt, model, val_codes, parts, args)
                 log.note(done, val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)

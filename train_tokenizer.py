@@ -9,7 +9,6 @@ Running the same command again goes on from the newest checkpoint, to the very w
 """
 
 import argparse
-import contextlib
 import copy
 import math
 from dataclasses import asdict
@@ -17,13 +16,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import losses
 import runtime
 from checkpoint import changed_settings, load_latest, restore, save_checkpoint
 from fid import psnr
+from passes import Gradients, Graphs
 from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig
 
 # The paper's settings for 256_L and 128_L. tiny is ours: legible glyphs in minutes on a CPU, with neither LPIPS
@@ -115,7 +114,8 @@ def parse(argv=None):
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the small parts where it pays; default: on a GPU, for runs of 500 steps or more",
+        help="compile the small parts where it pays and replay whole passes as CUDA graphs; default: on a GPU, for runs of "
+        "500 steps or more",
     )
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/tokenizer", help="the run's folder")
@@ -131,17 +131,6 @@ def parse(argv=None):
     add("--eval-pictures", type=int, default=1000, help="validation pictures an evaluation takes")
     add("--allow-changes", action="store_true", help="resume although settings differ from the checkpoint's")
     return runtime.parse_with_presets(arguments, PRESETS, argv)
-
-
-class BothPasses(nn.Module):
-    """D on x, then on y, separately (BatchNorm sees them apart), as one call for DistributedDataParallel."""
-
-    def __init__(self, discriminator):
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, x, y):
-        return self.discriminator(x), self.discriminator(y)
 
 
 def main():
@@ -215,22 +204,38 @@ def main():
 
     for module in (tokenizer, discriminator, lpips):
         module.to(memory_format=rt.layout) if module is not None else None
-    if runtime.should_compile(rt, args.compile, total):
+    compiled = runtime.should_compile(rt, args.compile, total)
+    if compiled:
         tokenizer.decoder.compile_upsamplers()
         lpips.compile(dynamic=False) if lpips is not None else None
 
-    # Only the networks that exchange gradients are wrapped; saved names never carry the wrapper's prefix.
-    step_tokenizer, both_passes = tokenizer, BothPasses(discriminator) if discriminator is not None else None
-    if rt.world > 1:
-        # BatchNorm's running means stay per device (rank 0's are saved): in train mode they change nothing.
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        step_tokenizer = DistributedDataParallel(tokenizer, **options)
-        both_passes = DistributedDataParallel(both_passes, **options) if both_passes else None
+    # Passes, forward and backward. The global entropy talks to other processes in them, which no graph may.
+    gradients = {name: Gradients(rt, module.parameters()) for name, module in trained.items()}
+    graphs = Graphs(compiled and rt.device.type == "cuda" and not (args.global_entropy and rt.world > 1))
+    share = accumulation * rt.world  # the micro-batches whose losses a step adds up
 
-    def syncing(module, last):
-        """Gradients travel with the last micro-batch only."""
-        wrapped = isinstance(module, DistributedDataParallel)
-        return contextlib.nullcontext() if last or not wrapped else module.no_sync()
+    def generator_pass(first, images):
+        """uint8 pictures -> y, and the terms of the loss. D scores y but gets no gradient of its own."""
+        if first:
+            gradients["tokenizer"].clear()
+        x = data.to_float(images)
+        with runtime.autocast(rt.device, args.precision):
+            y, _, quantizer = tokenizer(x)
+            loss, terms = losses.generator_loss(
+                x, y, quantizer, lpips, discriminator, args.gan_weight, args.entropy_weight
+            )
+        scaler.scale(loss / share).backward()
+        return {"y": y.detach(), "generator": loss.detach(), **terms}
+
+    def discriminator_pass(first, images, y):
+        """D on x, then on y, separately: BatchNorm sees them apart. The terms of its loss."""
+        if first:
+            gradients["discriminator"].clear()
+        with runtime.autocast(rt.device, args.precision):
+            real, fake = discriminator(data.to_float(images)), discriminator(y)
+        loss, terms = losses.discriminator_loss(real, fake, lecam, args.lecam_weight)
+        scaler.scale(loss / share).backward()
+        return {"discriminator": loss.detach(), **terms}
 
     def save(step):
         guard.watch(step, *trained.state_dict().values(), *average.state_dict().values())
@@ -266,37 +271,25 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-        # Generator: all micro-batches, then one step. D scores y but gets no gradient of its own.
+        # Generator: all micro-batches, then one step
         if discriminator is not None:
             discriminator.requires_grad_(False)
         pairs, terms = [], []
         for i, (images, _, unreadable) in enumerate(micro_batches):
             bad.add(unreadable)
-            x = data.to_float(images.to(rt.device, non_blocking=True))
-            with syncing(step_tokenizer, i == accumulation - 1):
-                with runtime.autocast(rt.device, args.precision):
-                    y, _, quantizer = step_tokenizer(x)
-                    loss, named = losses.generator_loss(
-                        x, y, quantizer, lpips, discriminator, args.gan_weight, args.entropy_weight
-                    )
-                scaler.scale(loss / accumulation).backward()
-            pairs.append((x, y.detach()))
-            terms.append({"generator": loss.detach(), **named})
+            images = images.to(rt.device, non_blocking=True)
+            terms.append(graphs.run(generator_pass, i == 0, images))
+            pairs.append((images, terms[i].pop("y")))
+        gradients["tokenizer"].exchange()
         scaler.step(optimizers["tokenizer"])
-        optimizers["tokenizer"].zero_grad(set_to_none=True)
 
         # Discriminator: the same pictures and the y that the generator made of them
         if discriminator is not None:
             discriminator.requires_grad_(True)
-            for i, (x, y) in enumerate(pairs):
-                with syncing(both_passes, i == accumulation - 1):
-                    with runtime.autocast(rt.device, args.precision):
-                        real, fake = both_passes(x, y)
-                    loss, named = losses.discriminator_loss(real, fake, lecam, args.lecam_weight)
-                    scaler.scale(loss / accumulation).backward()
-                terms[i] |= {"discriminator": loss.detach(), **named}
+            for i, (images, y) in enumerate(pairs):
+                terms[i] |= graphs.run(discriminator_pass, i == 0, images, y)
+            gradients["discriminator"].exchange()
             scaler.step(optimizers["discriminator"])
-            optimizers["discriminator"].zero_grad(set_to_none=True)
         scaler.update()
 
         # Means over the global batch, running means, moving average
@@ -318,6 +311,7 @@ def main():
             bad.check(rt.reduce([bad.count])[0], epoch + 1)
             log.line(done, **{name: value.item() for name, value in means.items()}, lr=lr)
         if done % args.eval_every == 0 or done == total:
+            graphs.forget()
             found = evaluate(
                 rt, average["tokenizer"], val_pictures, args, out / "samples" / f"step_{done:08d}.png"
             )

@@ -1,0 +1,89 @@
+"""What both stages' training steps are made of: passes forward and backward, and the gradients they add up.
+
+    gradients = Gradients(rt, model.parameters())
+    graphs = Graphs(enabled)
+    for i in range(accumulation):                       # a step
+        terms = graphs.run(work, i == 0, *tensors)      # work(first, *tensors): clears, runs forward and backward
+    gradients.exchange()                                # between processes, once a step
+    optimizer.step()
+"""
+
+import collections
+
+import torch
+import torch.distributed as dist
+
+
+class Gradients:
+    """The gradients of some parameters: cleared, added up by backward passes, exchanged between processes.
+
+    Of one process alone, and of sharded parameters (FSDP2 reduces them itself), they are autograd's own. Otherwise they
+    are views of one buffer, which a single all-reduce adds up; so a loss has to be divided by the micro-batches of all
+    processes. That happens after the last backward pass, not beside it: where processes are joined as fast as devices
+    of a host are, an exchange beside matrix products slows these down by what it saves.
+    """
+
+    def __init__(self, rt, parameters, sharded=False):
+        self.parameters, self.buffer = list(parameters), None
+        if rt.world > 1 and not sharded:
+            self.buffer = torch.zeros(sum(p.numel() for p in self.parameters), device=rt.device)
+            parts = self.buffer.split([p.numel() for p in self.parameters])
+            for parameter, part in zip(self.parameters, parts, strict=True):
+                # In the order in which the parameter lies in memory, as a fused optimizer reads both.
+                parameter.grad = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
+
+    def clear(self):
+        """Call before the first backward pass of a step."""
+        if self.buffer is not None:
+            self.buffer.zero_()
+        else:
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    def exchange(self):
+        """Call after the last one: the sum over processes."""
+        if self.buffer is not None:
+            dist.all_reduce(self.buffer)
+
+
+class Graphs:
+    """Runs passes of a training step; where `enabled`, on a GPU, as CUDA graphs: their thousands of kernels are recorded
+    once and then started together, by a host that would otherwise start them more slowly than a GPU ends them.
+
+    A pass is a function work(first, *tensors) -> dict of tensors whose shapes, and all it decides, are the same in every
+    step. It must not wait for the device nor talk to other processes, and what it changes (gradients, running means) must
+    stay where it is in memory. `first`: it is the first of its kind in this step, and clears the gradients it adds to.
+    Its kernels, their order, and what they draw from torch's generator are the same with a graph as without.
+    """
+
+    WARM_UP = 3  # steps that run as they are: kernels are compiled and convolution algorithms chosen
+
+    def __init__(self, enabled):
+        self.enabled, self.steps = enabled, collections.Counter()
+        self.forget()
+
+    def forget(self):
+        """Drop the graphs, and the memory that their passes work in, until the next step: others may need it."""
+        self.kept = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
+
+    def run(self, work, first, *tensors):
+        """work(first, *tensors), run or replayed; the tensors returned are the caller's."""
+        self.steps[work] += first
+        if not self.enabled or self.steps[work] <= self.WARM_UP:
+            return work(first, *tensors)
+        if (work, first) not in self.kept:
+            self.kept[work, first] = self._record(work, first, tensors)
+        graph, inputs, outputs = self.kept[work, first]
+        for own, given in zip(inputs, tensors, strict=True):
+            own.copy_(given)
+        graph.replay()
+        return {name: value.clone() for name, value in outputs.items()}
+
+    def _record(self, work, first, tensors):
+        inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
+        # All share one pool of memory: they are replayed in the order in which they are recorded. "thread_local": the
+        # loader's thread may go on copying to the device.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            outputs = work(first, *inputs)
+        return graph, inputs, outputs

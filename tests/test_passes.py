@@ -1,0 +1,146 @@
+"""Passes and gradients: exchanged ones against one process's, and, on a GPU, graphs against the plain passes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from golden_files import relative
+from scripts import ROOT, log_lines, on_two_ranks, run
+from torch import nn
+
+from ar_model import ARConfig, ARTransformer, clip_gradients, cross_entropies
+from passes import Gradients, Graphs
+from runtime import Runtime
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 2, 3, bias=False), nn.Flatten(), nn.Linear(32, 1))
+    return model.to(memory_format=torch.channels_last)
+
+
+def add_up(model, gradients, pictures, share):
+    """Two micro-batches' gradients."""
+    gradients.clear()
+    for part in pictures.chunk(2):
+        (model(part).square().mean() / share).backward()
+    gradients.exchange()
+
+
+def _exchange(rank, folder):
+    pictures = torch.load(folder / "pictures.pt").chunk(2)[rank]
+    model = network()
+    gradients = Gradients(Runtime(torch.device("cpu"), rank, 2, rank, dist.group.WORLD), model.parameters())
+    for _ in range(2):  # the second time over what the first has left
+        add_up(model, gradients, pictures, 4)
+    for parameter in model.parameters():
+        assert parameter.grad.stride() == parameter.stride()
+    torch.save([p.grad for p in model.parameters()], folder / f"{rank}.pt")
+
+
+def test_exchanged_gradients_are_those_of_one_process(tmp_path):
+    pictures = torch.randn(8, 3, 8, 8)
+    torch.save(pictures, tmp_path / "pictures.pt")
+    on_two_ranks(_exchange, tmp_path, tmp_path)
+    model = network()
+    model(pictures).square().mean().backward()
+    for rank in range(2):
+        for parameter, gradient in zip(model.parameters(), torch.load(tmp_path / f"{rank}.pt"), strict=True):
+            assert relative(gradient, parameter.grad) < 1e-6
+
+
+def test_one_process_keeps_no_buffer():
+    model = network()
+    gradients = Gradients(Runtime(torch.device("cpu")), model.parameters())
+    add_up(model, gradients, torch.randn(4, 3, 8, 8), 2)
+    gradients.clear()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def trained(enabled, world, steps=8):
+    """The losses of some steps of two micro-batches with dropout, the weights, and the graphs."""
+    torch.manual_seed(0)
+    model = ARTransformer(ARConfig(64, 4, 3, 2, (6, 12), grid=4, num_classes=10)).cuda().train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    gradients = Gradients(Runtime(torch.device("cuda"), world=world), model.parameters())
+    graphs = Graphs(enabled)
+    data = torch.Generator("cuda").manual_seed(1)
+
+    def work(first, pre, post, labels):
+        if first:
+            gradients.clear()
+        terms = cross_entropies(model([pre, post], labels), [pre, post])
+        (sum(terms) / 2).backward()
+        return {"pre": terms[0].detach(), "post": terms[1].detach()}
+
+    found = []
+    for step in range(steps):
+        for i in range(2):
+            tokens = [torch.randint(2**bits, (3, 16), generator=data, device="cuda") for bits in (6, 12)]
+            torch.manual_seed(1000 * step + i)
+            found.append(graphs.run(work, i == 0, *tokens, torch.arange(3, device="cuda")))
+        clip_gradients(optimizer, in_step=True)
+        optimizer.step()
+        if step == 5:
+            graphs.forget()
+            torch.cuda.empty_cache()
+    losses = torch.tensor([[value.item() for value in terms.values()] for terms in found])
+    return losses, list(model.parameters()), graphs
+
+
+@on_a_gpu
+@pytest.mark.parametrize("world", [1, 2])  # two: gradients in a buffer
+def test_graphs_change_nothing(world):
+    """Losses and weights, dropout included; a graph that was dropped is recorded again."""
+    plain_losses, plain_weights, _ = trained(False, world)
+    losses, weights, graphs = trained(True, world)
+    assert len(graphs.kept) == 2
+    assert plain_losses.std(0).min() > 1e-3  # micro-batches differ
+    assert relative(losses, plain_losses) < 1e-6
+    for a, b in zip(weights, plain_weights, strict=True):
+        assert relative(a, b) < 1e-4
+
+
+SCRIPTS = {
+    "train_tokenizer.py": "--data glyphs:60:AB --size 24 --channels 32 --multipliers 1 1 --blocks 1 --gan-weight 0.1"
+    " --lecam-weight 0.05 --workers 1",
+    "train_ar.py": "--width 64 --heads 2 --spatial-layers 2 --intra-layers 1",
+}
+WITHOUT_GRAPHS = "import passes, runpy, sys; passes.Graphs.WARM_UP = 99; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@on_a_gpu
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_with_graphs(script, tmp_path):
+    """Every loss of every step, with an evaluation between; how far weights and BatchNorm's running means move."""
+    flags = [*SCRIPTS[script].split(), "--steps", 10, "--log-every", 1, "--eval-every", 6, "--precision", "fp32"]
+    # So little is learnt that another order of sums is not amplified.
+    flags += ["--global-batch", 12, "--micro-batch", 4, "--lr", "1e-5", "--keep-every", 3, "--save-every", 3, "--compile"]
+    if script == "train_ar.py":
+        small = "--data glyphs:60:AB --size 24 --channels 32 --multipliers 1 1 --blocks 1 --workers 1 --steps 2"
+        run("train_tokenizer.py", *small.split(), "--out", tmp_path / "tokenizer")
+        encode = ["--tokenizer", tmp_path / "tokenizer", "--data", "glyphs:60:AB", "--size", 24]
+        run("encode.py", *encode, "--out", tmp_path / "codes")
+        flags += ["--codes", tmp_path / "codes", "--warmup-epochs", 0]
+    run(script, *flags, "--out", tmp_path / "graphs")
+    without = [sys.executable, "-c", WITHOUT_GRAPHS, ROOT / script, *flags, "--out", tmp_path / "plain"]
+    subprocess.run([str(word) for word in without], check=True, cwd=ROOT, timeout=300)
+
+    plain, ours = ([x for x in log_lines(tmp_path / name) if "lr" in x] for name in ("plain", "graphs"))
+    assert len(plain) == len(ours) == 10
+    for expected, line in zip(plain, ours, strict=True):
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (line["step"], name)
+    ends = [tmp_path / name / f"step_000000{step}.pt" for name in ("plain", "graphs") for step in ("03", "10")]
+    began, plain, ours_began, ours = (torch.load(path, map_location="cpu") for path in ends)
+    for part in {"model", "tokenizer", "discriminator"} & plain.keys() - ({"tokenizer"} if "model" in plain else set()):
+        for name, value in plain[part].items():
+            if "num_batches" in name:
+                assert ours[part][name] == value == 10 * 3 * 3  # micro-batches; D(y) for the generator, D(x), D(y)
+            elif value.is_floating_point():
+                moved, our_moved = value - began[part][name], ours[part][name] - ours_began[part][name]
+                assert relative(our_moved, moved) < 0.05, name
