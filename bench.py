@@ -181,8 +181,7 @@ def tokenizer_step(bench, batch, compiled):
     gradients = [Gradients(runtime.Runtime(device), m.parameters()) for m in (tokenizer, discriminator)]
     graphs = Graphs(compiled)
 
-    def generator_pass(first, images):
-        gradients[0].clear()
+    def generator_pass(images):
         x = data.to_float(images)
         with torch.autocast("cuda", torch.bfloat16):
             y, _, quantizer = tokenizer(x)
@@ -190,8 +189,7 @@ def tokenizer_step(bench, batch, compiled):
         loss.backward()
         return {"y": y.detach()}
 
-    def discriminator_pass(first, images, y):
-        gradients[1].clear()
+    def discriminator_pass(images, y):
         with torch.autocast("cuda", torch.bfloat16):
             real, fake = discriminator(data.to_float(images)), discriminator(y)
         loss, named = losses.discriminator_loss(real, fake, lecam, 0.05)
@@ -200,10 +198,10 @@ def tokenizer_step(bench, batch, compiled):
 
     def step():
         discriminator.requires_grad_(False)
-        y = graphs.run(generator_pass, True, images)["y"]
+        y = graphs.run(generator_pass, gradients[0], True, images)["y"]
         adam[0].step()
         discriminator.requires_grad_(True)
-        named = graphs.run(discriminator_pass, True, images, y)
+        named = graphs.run(discriminator_pass, gradients[1], True, images, y)
         adam[1].step()
         lecam.advance(named["logits_real"], named["logits_fake"])
         losses.update_ema(average, trained)
@@ -241,8 +239,7 @@ def transformer_step(bench, name, batch, compiled, grid=16):
 
     gradients, graphs = Gradients(runtime.Runtime(bench.device), model.parameters()), Graphs(compiled)
 
-    def run_pass(first, codes, labels):
-        gradients.clear()
+    def run_pass(codes, labels):
         sub_indices = split_indices(codes)
         with torch.autocast("cuda", torch.bfloat16):
             logits = model(sub_indices, labels)
@@ -251,7 +248,7 @@ def transformer_step(bench, name, batch, compiled, grid=16):
         return {"pre": pre.detach(), "post": post.detach()}
 
     def step():
-        graphs.run(run_pass, True, codes, labels)
+        graphs.run(run_pass, gradients, True, codes, labels)
         clip_gradients(optimizer, in_step=True)
         optimizer.step()
 

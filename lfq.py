@@ -110,7 +110,7 @@ def _terms(z, scale, eps, global_batch):
         codebook_entropy = -(mean * log).sum()
 
         # Backwards, from the mean to the tables' logarithms, log p and log q, and the logits. Every process of a global
-        # batch has the same of_mean, of which 1/world is its share; DDP's average brings that 1/world anyway.
+        # batch has the same of_mean, of which 1/world is its share: the mean of all gradients over processes brings that.
         of_mean = -torch.addcdiv(log, mean, above)
         of_tables = torch.cat([high @ of_mean, low @ of_mean.T], 1).mul_(tables)
         of_log_p, of_log_q = (of_tables @ patterns.T).split(bits, 1)
@@ -162,8 +162,8 @@ def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18: as published).
 
     global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally
-    many. The gradient is then right once it is averaged over processes, as DistributedDataParallel does: that
-    average is the gradient of one process that holds all the tokens.
+    many. The gradient is then right once it is averaged over processes, as training does: that average
+    is the gradient of one process that holds all the tokens.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     return _EntropyTerms.apply(z, 4 / temperature, eps, global_batch and dist.is_initialized())

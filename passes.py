@@ -2,9 +2,9 @@
 
     gradients = Gradients(rt, model.parameters())
     graphs = Graphs(enabled)
-    for i in range(accumulation):                       # a step
-        terms = graphs.run(work, i == 0, *tensors)      # work(first, *tensors): clears, runs forward and backward
-    gradients.exchange()                                # between processes, once a step
+    for i in range(accumulation):                               # a step
+        terms = graphs.run(work, gradients, i == 0, *tensors)   # work(*tensors): forward and backward
+    gradients.exchange()                                        # between processes, once
     optimizer.step()
 """
 
@@ -50,10 +50,10 @@ class Graphs:
     """Runs passes of a training step; where `enabled`, on a GPU, as CUDA graphs: their thousands of kernels are recorded
     once and then started together, by a host that would otherwise start them more slowly than a GPU ends them.
 
-    A pass is a function work(first, *tensors) -> dict of tensors whose shapes, and all it decides, are the same in every
-    step. It must not wait for the device nor talk to other processes, and what it changes (gradients, running means) must
-    stay where it is in memory. `first`: it is the first of its kind in this step, and clears the gradients it adds to.
-    Its kernels, their order, and what they draw from torch's generator are the same with a graph as without.
+    A pass is a function of tensors, work(*tensors) -> dict of tensors, that adds to gradients. All shapes, and all that it
+    decides, must be the same in every step; it must not wait for the device nor talk to other processes, and what else it
+    changes (running means) must stay where it is in memory. Its kernels, their order, and what they draw from torch's
+    generator are the same with a graph as without.
     """
 
     WARM_UP = 3  # steps that run as they are: kernels are compiled and convolution algorithms chosen
@@ -67,23 +67,30 @@ class Graphs:
         self.kept = {}
         self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
 
-    def run(self, work, first, *tensors):
-        """work(first, *tensors), run or replayed; the tensors returned are the caller's."""
+    def run(self, work, gradients, first, *tensors):
+        """work(*tensors), run or replayed; the tensors returned are the caller's. first: the first pass of its kind in this
+        step, which `gradients` are cleared for."""
         self.steps[work] += first
         if not self.enabled or self.steps[work] <= self.WARM_UP:
-            return work(first, *tensors)
+            if first:
+                gradients.clear()
+            return work(*tensors)
         if (work, first) not in self.kept:
-            self.kept[work, first] = self._record(work, first, tensors)
+            self.kept[work, first] = self._record(work, gradients, first, tensors)
         graph, inputs, outputs = self.kept[work, first]
         for own, given in zip(inputs, tensors, strict=True):
             own.copy_(given)
         graph.replay()
         return {name: value.clone() for name, value in outputs.items()}
 
-    def _record(self, work, first, tensors):
+    def _record(self, work, gradients, first, tensors):
         inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
+        if first:
+            gradients.clear()  # now, so that their memory is free for the graph
         # All share one pool of memory: they are replayed in the order in which they are recorded. "thread_local": the
         # loader's thread may go on copying to the device.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            outputs = work(first, *inputs)
+            if first:
+                gradients.clear()
+            outputs = work(*inputs)
         return graph, inputs, outputs

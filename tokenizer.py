@@ -142,7 +142,7 @@ class Upsampler(nn.Module):
         x = conv2d(x, self.conv1.weight, padding=1).movedim(1, -1).unflatten(-1, (2, 2, -1))
         x = x.transpose(2, 3)  # (B, 4 C, h, w) -> (B, h, w, row, column, C) -> (B, h, row, w, column, C)
         bias = self.conv1.bias.to(x.dtype).view(2, 1, 2, -1)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             x = x + bias
         else:  # added on the way to the new order, one pass over memory less
             x = torch.add(x, bias, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))

@@ -225,9 +225,7 @@ def main():
     graphs = Graphs(compiled and plain_blocks and rt.device.type == "cuda")
     share = accumulation * (1 if args.shard else rt.world)  # the micro-batches whose losses a step adds up
 
-    def run_pass(first, indices, labels):
-        if first:
-            gradients.clear()
+    def run_pass(indices, labels):
         sub_indices = split_indices(indices, parts)
         with runtime.autocast(rt.device, args.precision):
             logits = model(sub_indices, labels)
@@ -265,7 +263,7 @@ def main():
             entries = order.at(step * args.global_batch + number * args.micro_batch, args.micro_batch)
             indices, labels = (rt.to_device(part) for part in codes.batch(entries, args.seed))
             runtime.seed_everything(args.seed, step, number)  # class dropout and dropout
-            found = graphs.run(run_pass, i == 0, indices, labels)
+            found = graphs.run(run_pass, gradients, i == 0, indices, labels)
             terms.append(torch.stack([found["pre"], found["post"]]))
         gradients.exchange()
 

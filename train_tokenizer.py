@@ -214,10 +214,8 @@ def main():
     graphs = Graphs(compiled and rt.device.type == "cuda" and not (args.global_entropy and rt.world > 1))
     share = accumulation * rt.world  # the micro-batches whose losses a step adds up
 
-    def generator_pass(first, images):
+    def generator_pass(images):
         """uint8 pictures -> y, and the terms of the loss. D scores y but gets no gradient of its own."""
-        if first:
-            gradients["tokenizer"].clear()
         x = data.to_float(images)
         with runtime.autocast(rt.device, args.precision):
             y, _, quantizer = tokenizer(x)
@@ -227,10 +225,8 @@ def main():
         scaler.scale(loss / share).backward()
         return {"y": y.detach(), "generator": loss.detach(), **terms}
 
-    def discriminator_pass(first, images, y):
+    def discriminator_pass(images, y):
         """D on x, then on y, separately: BatchNorm sees them apart. The terms of its loss."""
-        if first:
-            gradients["discriminator"].clear()
         with runtime.autocast(rt.device, args.precision):
             real, fake = discriminator(data.to_float(images)), discriminator(y)
         loss, terms = losses.discriminator_loss(real, fake, lecam, args.lecam_weight)
@@ -278,7 +274,7 @@ def main():
         for i, (images, _, unreadable) in enumerate(micro_batches):
             bad.add(unreadable)
             images = images.to(rt.device, non_blocking=True)
-            terms.append(graphs.run(generator_pass, i == 0, images))
+            terms.append(graphs.run(generator_pass, gradients["tokenizer"], i == 0, images))
             pairs.append((images, terms[i].pop("y")))
         gradients["tokenizer"].exchange()
         scaler.step(optimizers["tokenizer"])
@@ -287,7 +283,7 @@ def main():
         if discriminator is not None:
             discriminator.requires_grad_(True)
             for i, (images, y) in enumerate(pairs):
-                terms[i] |= graphs.run(discriminator_pass, i == 0, images, y)
+                terms[i] |= graphs.run(discriminator_pass, gradients["discriminator"], i == 0, images, y)
             gradients["discriminator"].exchange()
             scaler.step(optimizers["discriminator"])
         scaler.update()

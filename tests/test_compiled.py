@@ -4,10 +4,7 @@ import os
 import shutil
 
 import pytest
-import torch
 from golden_files import fill, load, relative
-from scripts import on_two_ranks
-from torch.nn.parallel import DistributedDataParallel
 
 from ar_model import ARConfig, ARTransformer, cross_entropies
 from losses import LPIPS
@@ -53,17 +50,3 @@ def test_lpips():
     lpips = fill(LPIPS("vgg"), "loss.perceptual_loss.", keep=("shift", "scale"))
     lpips.compile(dynamic=False)
     assert relative(lpips(golden["image"], golden["other"]).flatten(), golden["distance"]) < 1e-5
-
-
-def _compile_under_ddp(rank):
-    model = ARTransformer(ARConfig(256, 4, 2, 2, grid=4, num_classes=10)).train()
-    model.compile_blocks()
-    parallel = DistributedDataParallel(model, bucket_cap_mb=1)  # a block has 3.4 MB
-    tokens = [torch.zeros(2, 16, dtype=torch.long) for _ in range(2)]
-    sum(cross_entropies(parallel(tokens, torch.tensor([1, 2])), tokens)).backward()
-    # A graph for the first spatial block, which has nothing to add, one for the others; likewise of a token's pair.
-    assert torch._dynamo.utils.counters["aot_autograd"]["total"] == 4
-
-
-def test_blocks_stay_whole_under_ddp(tmp_path):
-    on_two_ranks(_compile_under_ddp, tmp_path)

@@ -184,15 +184,19 @@ def test_golden_entropy(kind, tolerance):
     assert relative(gradient, golden["grad_entropy_loss"]) < tolerance
 
 
-@pytest.mark.parametrize("size", ["tiny16", "tiny8", "256_L", "128_L"])
+@pytest.mark.parametrize(
+    "size, compiled", [("tiny16", False), ("tiny16", True), ("tiny8", False), ("256_L", False), ("256_L", True), ("128_L", False)]
+)
 @torch.no_grad()
-def test_golden_tokenizer(size):
+def test_golden_tokenizer(size, compiled):
     sizes = {
         "tiny16": tk.TokenizerConfig(32, (1, 1, 2, 2, 4), 1),
         "tiny8": tk.TokenizerConfig(32, (1, 2, 2, 4), 2),
     }
     golden = {name: value.to(GPU) for name, value in load(f"tokenizer_{size}").items()}
     model = fill(tk.Tokenizer(sizes.get(size) or tk.TOKENIZER_SIZES[size])).eval().to(GPU)
+    if compiled:
+        model.decoder.compile_upsamplers()
     assert relative(model.encoder(golden["image"]), golden["encoder_out"]) < 1e-5
     assert relative(model.decode(golden["indices"]), golden["reconstruction"]) < 1e-5
 

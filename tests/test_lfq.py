@@ -88,7 +88,7 @@ def test_entropy_memory_is_not_tokens_times_codes():
 
 
 def _half_of_the_tokens(rank, z, theirs):
-    """Each rank's gradient, averaged as DDP does, is the gradient of one process with both ranks' tokens."""
+    """Each rank's gradient, averaged as in training, is the gradient of one process with both ranks' tokens."""
     mine = z[rank * 8 : rank * 8 + 8].clone().requires_grad_()
     sample, codebook = lfq.entropy_terms(mine, global_batch=True)
     assert codebook.item() == pytest.approx(theirs["codebook"].item(), rel=1e-12)
@@ -96,7 +96,7 @@ def _half_of_the_tokens(rank, z, theirs):
     torch.distributed.all_reduce(means)
     assert means[0].item() / 2 == pytest.approx(theirs["sample"].item(), rel=1e-12)
     (gradient,) = torch.autograd.grad(sample - codebook, mine)
-    # DDP's average halves what each rank adds to a weight's gradient.
+    # The average halves what each rank adds to a weight's gradient.
     assert relative(gradient / 2, theirs["gradient"][rank * 8 : rank * 8 + 8]) < 1e-9
     (own,) = torch.autograd.grad(sum(lfq.entropy_terms(mine)), mine)
     assert relative(own / 2, theirs["gradient"][rank * 8 : rank * 8 + 8]) > 0.1  # and another one without
