@@ -20,7 +20,8 @@ class Gradients:
     Of one process alone, and of sharded parameters (FSDP2 reduces them itself), they are autograd's own. Otherwise they
     are views of one buffer, which a single all-reduce adds up; so a loss has to be divided by the micro-batches of all
     processes. That happens after the last backward pass, not beside it: where processes are joined as fast as devices
-    of a host are, an exchange beside matrix products slows these down by what it saves.
+    of a host are, an exchange beside matrix products slows these down by what it saves. All processes begin with the
+    main one's parameters.
     """
 
     def __init__(self, rt, parameters, sharded=False):
@@ -31,6 +32,8 @@ class Gradients:
             for parameter, part in zip(self.parameters, parts, strict=True):
                 # In the order in which the parameter lies in memory, as a fused optimizer reads both.
                 parameter.grad = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
+                # Equal seeds draw equal weights, but for their last bits on another kind of CPU.
+                dist.broadcast(parameter.detach(), 0)
 
     def clear(self):
         """Call before the first backward pass of a step."""

@@ -35,6 +35,9 @@ def add_up(model, gradients, pictures, share):
 def _exchange(rank, folder):
     pictures = torch.load(folder / "pictures.pt").chunk(2)[rank]
     model = network()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += rank
     gradients = Gradients(Runtime(torch.device("cpu"), rank, 2, rank, dist.group.WORLD), model.parameters())
     for _ in range(2):  # the second time over what the first has left
         add_up(model, gradients, pictures, 4)
@@ -44,6 +47,7 @@ def _exchange(rank, folder):
 
 
 def test_exchanged_gradients_are_those_of_one_process(tmp_path):
+    """The second process, which begins with other weights, takes the first one's."""
     pictures = torch.randn(8, 3, 8, 8)
     torch.save(pictures, tmp_path / "pictures.pt")
     on_two_ranks(_exchange, tmp_path, tmp_path)
