@@ -337,6 +337,8 @@ class ARTransformer(nn.Module):
     def compile_blocks(self):
         """Compile each block for itself: one compilation serves all blocks of a kind, and state-dict entries keep
         their names."""
+        import torch._functorch.config  # which nothing else may have imported
+
         # Its keys leave out kernels of the backward pass: it would go on using the old ones after they were edited.
         torch._functorch.config.enable_autograd_cache = False
         for block in (*self.spatial_blocks, *self.factorized_blocks):

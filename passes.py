@@ -17,11 +17,10 @@ import torch.distributed as dist
 class Gradients:
     """The gradients of some parameters: cleared, added up by backward passes, exchanged between processes.
 
-    Of one process alone, and of sharded parameters (FSDP2 reduces them itself), they are autograd's own. Otherwise they
-    are views of one buffer, which a single all-reduce adds up; so a loss has to be divided by the micro-batches of all
-    processes. That happens after the last backward pass, not beside it: where processes are joined as fast as devices
-    of a host are, an exchange beside matrix products slows these down by what it saves. All processes begin with the
-    main one's parameters.
+    Of one process alone, and of sharded parameters (FSDP2 exchanges them itself, in every pass), they are autograd's own.
+    Otherwise they are views of one buffer, whose sum over processes is one all-reduce; so a loss has to be divided by the
+    number of all processes' micro-batches. The exchange comes after the last backward pass, not beside it: where
+    processes are joined as fast as devices of a host are, it would slow the matrix products down by what it saves.
     """
 
     def __init__(self, rt, parameters, sharded=False):
@@ -32,8 +31,6 @@ class Gradients:
             for parameter, part in zip(self.parameters, parts, strict=True):
                 # In the order in which the parameter lies in memory, as a fused optimizer reads both.
                 parameter.grad = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
-                # Equal seeds draw equal weights, but for their last bits on another kind of CPU.
-                dist.broadcast(parameter.detach(), 0)
 
     def clear(self):
         """Call before the first backward pass of a step."""
@@ -53,10 +50,10 @@ class Graphs:
     """Runs passes of a training step; where `enabled`, on a GPU, as CUDA graphs: their thousands of kernels are recorded
     once and then started together, by a host that would otherwise start them more slowly than a GPU ends them.
 
-    A pass is a function of tensors, work(*tensors) -> dict of tensors, that adds to gradients. All shapes, and all that it
-    decides, must be the same in every step; it must not wait for the device nor talk to other processes, and what else it
-    changes (running means) must stay where it is in memory. Its kernels, their order, and what they draw from torch's
-    generator are the same with a graph as without.
+    A pass is a function of tensors, work(*tensors) -> dict of tensors, that adds to gradients. All shapes, and all that
+    it decides, must be the same in every step; it must not wait for the device nor talk to other processes, and what
+    else it changes (running means) must stay where it is in memory. Its kernels, their order, and what they draw from
+    torch's generator are the same with a graph as without.
     """
 
     WARM_UP = 3  # steps that run as they are: kernels are compiled and convolution algorithms chosen
@@ -66,13 +63,14 @@ class Graphs:
         self.forget()
 
     def forget(self):
-        """Drop the graphs, and the memory that their passes work in, until the next step: others may need it."""
+        """Drop the graphs, and the memory that their passes work in, until the next step: others may need it.
+        (Clear the gradients too, which lie in the same memory.)"""
         self.kept = {}
         self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
 
     def run(self, work, gradients, first, *tensors):
-        """work(*tensors), run or replayed; the tensors returned are the caller's. first: the first pass of its kind in this
-        step, which `gradients` are cleared for."""
+        """work(*tensors), run or replayed; the tensors returned are the caller's. first: it is the first pass of its
+        kind in this step, and `gradients` are cleared for it."""
         self.steps[work] += first
         if not self.enabled or self.steps[work] <= self.WARM_UP:
             if first:
@@ -90,8 +88,8 @@ class Graphs:
         inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
         if first:
             gradients.clear()  # now, so that their memory is free for the graph
-        # All share one pool of memory: they are replayed in the order in which they are recorded. "thread_local": the
-        # loader's thread may go on copying to the device.
+        # All share one pool of memory: they are replayed in the order in which they are recorded. "thread_local": other
+        # threads (the loader's, NCCL's) may meanwhile call what would spoil a recording of their own.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             if first:
                 gradients.clear()

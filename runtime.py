@@ -84,6 +84,13 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def share_parameters(self, module):
+        """Give every rank the main process's parameters. Equal seeds draw equal ones, but for their last bits on
+        another kind of CPU."""
+        if self.world > 1:
+            for parameter in module.parameters():
+                dist.broadcast(parameter.detach(), src=0)
+
     def gather(self, thing):
         """Every rank's `thing` (any small picklable object), as a list, on every rank."""
         things = [thing] * self.world
@@ -241,12 +248,15 @@ def run_script(main):
             name = error.filename or "a file"
             _fail(f"the disk is full: could not write {name}; free some space and run again")
         _fail(traceback.format_exc(), code=1)
-    except torch.OutOfMemoryError as error:
-        smaller = "--micro-batch" if Path(sys.argv[0]).name.startswith("train_") else "--batch"
-        _fail(f"out of memory on the device, give a smaller {smaller}: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
-    except Exception:  # noqa: BLE001 (every other one, with its traceback)
+    except Exception as error:  # noqa: BLE001 (every other one, with its traceback)
+        cause = error  # while a CUDA graph is recorded, memory running out ends in another error
+        while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+            cause = cause.__context__
+        if cause is not None:
+            smaller = "--micro-batch" if Path(sys.argv[0]).name.startswith("train_") else "--batch"
+            _fail(f"out of memory on the device, give a smaller {smaller}: {str(cause).splitlines()[0]}")
         _fail(traceback.format_exc(), code=1)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -105,7 +105,8 @@ def parse(argv=None):
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the blocks and replay whole passes as CUDA graphs; default: on a GPU, for runs of 500 steps or more",
+        help="compile the blocks and replay whole passes as CUDA graphs; default: on a GPU, for runs of 500 steps or "
+        "more",
     )
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/ar", help="the run's folder")
@@ -199,7 +200,10 @@ def main():
     if compiled:
         model.compile_blocks()
         loss_terms = torch.compile(cross_entropies, dynamic=False)
-    shard(rt, model, args.precision) if args.shard else model.to(rt.device)
+    if args.shard:
+        shard(rt, model, args.precision)
+    else:
+        rt.share_parameters(model.to(rt.device))
     # The published code makes two groups, but its schedule then writes the decay into both: all parameters decay.
     fused = rt.device.type == "cuda"
     optimizer = torch.optim.AdamW(
@@ -220,7 +224,7 @@ def main():
     )
     del state
 
-    # Passes, forward and backward. A sharded model talks to other processes in each, which no graph may.
+    # Passes, forward and backward. Graphs go with compiled blocks; sharded ones talk to other processes in every pass.
     gradients = Gradients(rt, model.parameters(), args.shard)
     graphs = Graphs(compiled and plain_blocks and rt.device.type == "cuda")
     share = accumulation * (1 if args.shard else rt.world)  # the micro-batches whose losses a step adds up
@@ -256,7 +260,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Forward and backward, micro-batch by micro-batch; gradients travel once, after the last
+        # Forward and backward, micro-batch by micro-batch; gradients travel once, after the last (sharded ones in each,
+        # else all of them would have to be kept everywhere)
         terms = []
         for i in range(accumulation):
             number = rt.rank * accumulation + i  # of this micro-batch within the global batch
@@ -293,6 +298,7 @@ def main():
             )
         if done % args.eval_every == 0 or done == total:
             graphs.forget()
+            gradients.clear()
             if val_codes:
                 pre, post = validation_losses(rt, model, val_codes, parts, args)
                 log.note(done, val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)

@@ -114,8 +114,8 @@ def parse(argv=None):
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the small parts where it pays and replay whole passes as CUDA graphs; default: on a GPU, for runs of "
-        "500 steps or more",
+        help="compile the small parts where it pays and replay whole passes as CUDA graphs; default: on a GPU, for "
+        "runs of 500 steps or more",
     )
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/tokenizer", help="the run's folder")
@@ -165,6 +165,7 @@ def main():
     trained = nn.ModuleDict({"tokenizer": tokenizer})
     if discriminator is not None:
         trained["discriminator"] = discriminator
+    rt.share_parameters(trained)
     average = copy.deepcopy(trained).eval().requires_grad_(False)
     lecam = losses.LeCAM().to(rt.device)
     fused = rt.device.type == "cuda"
@@ -308,6 +309,8 @@ def main():
             log.line(done, **{name: value.item() for name, value in means.items()}, lr=lr)
         if done % args.eval_every == 0 or done == total:
             graphs.forget()
+            for each in gradients.values():
+                each.clear()
             found = evaluate(
                 rt, average["tokenizer"], val_pictures, args, out / "samples" / f"step_{done:08d}.png"
             )

@@ -38,7 +38,9 @@ def _exchange(rank, folder):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += rank
-    gradients = Gradients(Runtime(torch.device("cpu"), rank, 2, rank, dist.group.WORLD), model.parameters())
+    rt = Runtime(torch.device("cpu"), rank, 2, rank, dist.group.WORLD)
+    rt.share_parameters(model)
+    gradients = Gradients(rt, model.parameters())
     for _ in range(2):  # the second time over what the first has left
         add_up(model, gradients, pictures, 4)
     for parameter in model.parameters():
@@ -120,13 +122,16 @@ SCRIPTS = {
 }
 # Both runs in one process: another would find other convolution algorithms the fastest.
 BOTH = """
-import runpy, sys, torch, passes
+import pathlib, runpy, sys, torch, passes
+record, recorded = passes.Graphs._record, []
+passes.Graphs._record = lambda self, *args: recorded.append(args[0].__name__) or record(self, *args)
 torch.backends.cudnn.deterministic = True
 script, folder, *flags = sys.argv[1:]
 for name, warm_up in ("plain", 99), ("graphs", 3):
     passes.Graphs.WARM_UP = warm_up
     sys.argv = [script, *flags, "--out", f"{folder}/{name}"]
     runpy.run_path(script)["main"]()
+    pathlib.Path(folder, name, "recorded").write_text(" ".join(recorded))
 """
 
 
@@ -146,6 +151,10 @@ def test_scripts_with_graphs(script, tmp_path):
     words = [sys.executable, "-c", BOTH, ROOT / script, tmp_path, *flags]
     subprocess.run([str(word) for word in words], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
 
+    assert (tmp_path / "plain" / "recorded").read_text() == ""
+    # In two rounds, before and after the evaluation: the first micro-batch's, and the others'.
+    passes = ["run_pass"] if script == "train_ar.py" else ["generator_pass", "discriminator_pass"]
+    assert sorted((tmp_path / "graphs" / "recorded").read_text().split()) == sorted(4 * passes)
     plain, ours = ([x for x in log_lines(tmp_path / name) if "lr" in x] for name in ("plain", "graphs"))
     assert len(plain) == len(ours) == 10
     for expected, line in zip(plain, ours, strict=True):
