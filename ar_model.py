@@ -314,7 +314,8 @@ class ARTransformer(nn.Module):
         options = list(zip(cfg_scale if guide else (None, None), temperature, top_k, top_p, strict=True))
         uniforms = image_uniforms(seeds, self.config.grid**2)
         if device.type != "cpu":
-            uniforms = uniforms.pin_memory()  # else the copy would wait for all that the device still has to do
+            # Else the copy would wait for all that the device still has to do.
+            uniforms = uniforms.pin_memory()
         uniforms, labels = (values.to(device, non_blocking=True) for values in (uniforms, class_labels))
         if guide:  # both branches run as one batch: the images' classes, then as many null classes
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])

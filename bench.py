@@ -89,7 +89,8 @@ class Bench:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         for number in range(5):
-            if number == 2:  # without the trials of algorithms, but with a graph's recording: replays allocate nothing
+            # Without the trials of algorithms, but with a graph's recording: replays allocate nothing.
+            if number == 2:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             work()
@@ -319,9 +320,11 @@ def bench_sampling(bench, cases=SAMPLED):
         weights = 2 * sum(
             p.numel() for p in [*model.spatial_blocks.parameters(), *model.factorized_blocks.parameters()]
         )
-        cache = 2 * batch * config.spatial_layers * 2 * config.width * 2 * grid**2 / 2  # bytes at the middle token
+        # Bytes at the middle token
+        cache = 2 * batch * config.spatial_layers * 2 * config.width * 2 * grid**2 / 2
         share = grid**2 * (weights + cache) / ours / bench.bandwidth
-        yield row(f"AR-{name} sampling, guided, {grid}x{grid} tokens, {batch} images", ours, other, memory, share, batch)
+        what = f"AR-{name} sampling, guided, {grid}x{grid} tokens, {batch} images"
+        yield row(what, ours, other, memory, share, batch)
 
 
 def bench_decoder(bench, batch=50):

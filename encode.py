@@ -40,7 +40,12 @@ def parse(argv=None):
     )
     add("--unlabelled", action="store_true", help="take --data's pictures at any depth, all of one class")
     add("--size", type=int, default=256, help="side of the crops, pixels")
-    add("--crops", type=int, default=0, help="random crops a picture (a square one has but one); 0: the centre crop only")
+    add(
+        "--crops",
+        type=int,
+        default=0,
+        help="random crops a picture (a square one has but one); 0: the centre crop only",
+    )
     add("--seed", type=int, default=0, help="of the random crops; glyphs: another seed, other pictures")
     add("--workers", type=int, default=2, help="loader processes per device")
     add = arguments.add_argument_group("encoding").add_argument

@@ -146,7 +146,8 @@ def _draw(
         following = tl.load(pre + found * width + i, mask, 0.0)
     else:
         before = tl.load(drawn + image * length + here)
-        following = tl.load(pre + before * width + i, mask, 0.0) + tl.load(post + found * width + i, mask, 0.0)
+        following = tl.load(pre + before * width + i, mask, 0.0)
+        following += tl.load(post + found * width + i, mask, 0.0)
     for branch in tl.static_range(2 if TWICE else 1):  # both branches of guidance go on from the token drawn
         place = (branch * images + image) * width + i
         tl.store(x + place, following, mask)
@@ -220,7 +221,9 @@ class Decoder:
         if rows > 128 or N > 1024 or N % 32 or K % 256:
             return F.linear(x, weight)[None]
         y = torch.empty((4, rows, N), dtype=torch.float32, device=x.device)
-        _share[(N // 32, 4)](x, weight, y, rows, N, K, 4, 128, 32, 64, self.precision, num_warps=8, num_stages=4)
+        _share[(N // 32, 4)](
+            x, weight, y, rows, N, K, 4, 128, 32, 64, self.precision, num_warps=8, num_stages=4
+        )
         return y
 
     def _block(self, x, delta, weights, cache, position):

@@ -1,11 +1,11 @@
 """What both stages' training steps are made of: passes forward and backward, and the gradients they add up.
 
-    gradients = Gradients(rt, model.parameters())
-    graphs = Graphs(enabled)
-    for i in range(accumulation):                               # a step
-        terms = graphs.run(work, gradients, i == 0, *tensors)   # work(*tensors): forward and backward
-    gradients.exchange()                                        # between processes, once
-    optimizer.step()
+gradients = Gradients(rt, model.parameters())
+graphs = Graphs(enabled)
+for i in range(accumulation):  # a step
+    terms = graphs.run(work, gradients, i == 0, *tensors)  # work(*tensors): forward and backward
+gradients.exchange()  # between processes, once
+optimizer.step()
 """
 
 import collections

@@ -149,7 +149,8 @@ def main():
             seeds = [image_seed(args.seed, i) for i in batch]
             with torch.no_grad(), runtime.autocast(rt.device, precision):
                 indices = model.generate(labels, **options, seeds=seeds)
-                images = tokenizer.decode(indices.unflatten(1, (model.config.grid, -1)))  # (B, N) -> (B, h, w)
+                indices = indices.unflatten(1, (model.config.grid, -1))  # (B, N) -> (B, h, w)
+                images = tokenizer.decode(indices)
             images = to_uint8(images, args.rounding).movedim(1, -1)  # (B, 3, H, W) -> (B, H, W, 3)
             queued.append(writer.submit(store, files(batch), *fetch(images)))
             if len(queued) == 2:

@@ -72,7 +72,8 @@ def _joined(rank, worker, store, *inputs):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     worker(rank, *inputs)
     dist.destroy_process_group()
-    os._exit(0)  # as runtime.run_script leaves: a thread of gloo could abort the process while Python finalizes
+    # As runtime.run_script leaves: a thread of gloo could abort the process while Python finalizes.
+    os._exit(0)
 
 
 def log_lines(folder, *without):

@@ -108,7 +108,10 @@ def test_schedule_defaults_and_ends():
 @pytest.mark.parametrize("size", [0.01, 10.0, math.nan, math.inf])
 @pytest.mark.parametrize(
     "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
 )
 def test_clipping_in_the_step(device, size, scaled):
     """Gradients of norms below and above 1, and not finite, with and without a GradScaler: as torch's own clipping;

@@ -20,7 +20,9 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 
 def network():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 2, 3, bias=False), nn.Flatten(), nn.Linear(32, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 2, 3, bias=False), nn.Flatten(), nn.Linear(32, 1)
+    )
     return model.to(memory_format=torch.channels_last)
 
 
@@ -75,7 +77,8 @@ def trained(enabled, world, half, steps=8):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     gradients = Gradients(Runtime(torch.device("cuda"), world=world), model.parameters())
     graphs = Graphs(enabled)
-    scaler = torch.amp.GradScaler("cuda", growth_interval=2, enabled=half)  # its scale changes every other step
+    # Its scale changes every other step.
+    scaler = torch.amp.GradScaler("cuda", growth_interval=2, enabled=half)
     data = torch.Generator("cuda").manual_seed(1)
 
     def work(pre, post, labels):
@@ -143,13 +146,17 @@ def test_scripts_with_graphs(script, tmp_path):
     # So little is learnt that another order of sums is not amplified.
     flags += ["--global-batch", 12, "--micro-batch", 4, "--lr", "1e-5", "--save-every", 3, "--keep-every", 3]
     if script == "train_ar.py":
-        small = "--data glyphs:60:AB --size 24 --channels 32 --multipliers 1 1 --blocks 1 --workers 1 --steps 2"
+        small = (
+            "--data glyphs:60:AB --size 24 --channels 32 --multipliers 1 1 --blocks 1 --workers 1 --steps 2"
+        )
         run("train_tokenizer.py", *small.split(), "--out", tmp_path / "tokenizer")
         encode = ["--tokenizer", tmp_path / "tokenizer", "--data", "glyphs:60:AB", "--size", 24]
         run("encode.py", *encode, "--out", tmp_path / "codes")
         flags += ["--codes", tmp_path / "codes"]
     words = [sys.executable, "-c", BOTH, ROOT / script, tmp_path, *flags]
-    subprocess.run([str(word) for word in words], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    subprocess.run(
+        [str(word) for word in words], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300
+    )
 
     assert (tmp_path / "plain" / "recorded").read_text() == ""
     # In two rounds, before and after the evaluation: the first micro-batch's, and the others'.
@@ -160,12 +167,15 @@ def test_scripts_with_graphs(script, tmp_path):
     for expected, line in zip(plain, ours, strict=True):
         for name, value in expected.items():
             assert line[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (line["step"], name)
-    ends = [tmp_path / name / f"step_000000{step}.pt" for name in ("plain", "graphs") for step in ("03", "10")]
+    ends = [
+        tmp_path / name / f"step_000000{step}.pt" for name in ("plain", "graphs") for step in ("03", "10")
+    ]
     began, plain, ours_began, ours = (torch.load(path, map_location="cpu") for path in ends)
     for part in ["model"] if script == "train_ar.py" else ["tokenizer", "discriminator"]:
         for name, value in plain[part].items():
             if "num_batches" in name:
-                assert ours[part][name] == value == 10 * 3 * 3  # micro-batches; D(y) for the generator, D(x), D(y)
+                # Steps, micro-batches, passes: D(y) for the generator, D(x), D(y)
+                assert ours[part][name] == value == 10 * 3 * 3
             elif name.endswith("weight"):  # a bias before a norm of one channel has no gradient but noise
                 moved, our_moved = value - began[part][name], ours[part][name] - ours_began[part][name]
                 assert relative(our_moved, moved) < 0.05, name
