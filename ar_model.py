@@ -124,7 +124,8 @@ def rotate(x, rotary):
 
 
 def add_norm(x, added, norm, dropout=0.0, training=False):
-    """(x + dropout(added), its norm): how every step of the residual stream begins. added None: (x, its norm)."""
+    """(x + dropout(added), its norm): how every step of the residual stream begins. added None: (x, its
+    norm)."""
     if fused_training and fused_training.usable(x):
         return fused_training.add_norm(x, added, norm.weight, dropout if training else 0.0)
     if added is not None:
@@ -162,8 +163,9 @@ class Attention(nn.Module):
 class PairAttention(Attention):
     """The intra-token blocks' attention, over sequences of two: the same function in closed form.
 
-    The first element sees itself only. The second weighs both by a softmax of (0, q.k / sqrt(D)): the score with the
-    first is 0, as its key is zeroed like the class's, and its own position is grid place 0, which turns nothing.
+    The first element sees itself only. The second weighs both by a softmax of (0, q.k / sqrt(D)): the score
+    with the first is 0, as its key is zeroed like the class's, and its own position is grid place 0, which
+    turns nothing.
     """
 
     def forward(self, x, rotary, cache=None, start=0):
@@ -336,11 +338,12 @@ class ARTransformer(nn.Module):
         return torch.stack(drawn, dim=1)
 
     def compile_blocks(self):
-        """Compile each block for itself: one compilation serves all blocks of a kind, and state-dict entries keep
-        their names."""
+        """Compile each block for itself: one compilation serves all blocks of a kind, and state-dict entries
+        keep their names."""
         import torch._functorch.config  # which nothing else may have imported
 
-        # Its keys leave out kernels of the backward pass: it would go on using the old ones after they were edited.
+        # Its keys leave out kernels of the backward pass: it would go on using the old ones after they were
+        # edited.
         torch._functorch.config.enable_autograd_cache = False
         for block in (*self.spatial_blocks, *self.factorized_blocks):
             block.compile(dynamic=False)
@@ -494,8 +497,8 @@ def cross_entropies(logits, sub_indices):
 def clip_gradients(optimizer, in_step=False):
     """Clip the gradients of all parameters together to a norm of 1; returns the norm before, a tensor.
 
-    in_step: leave the scaling to the optimizer's step, which saves a pass over memory. For fused optimizers and unsharded
-    gradients, before every step, and after a GradScaler's `unscale_`.
+    in_step: leave the scaling to the optimizer's step, which saves a pass over memory. For fused optimizers
+    and unsharded gradients, before every step, and after a GradScaler's `unscale_`.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not in_step:

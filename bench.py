@@ -3,10 +3,11 @@
     python bench.py                          # everything, some ten minutes on an H200
     python bench.py --only entropy,sample    # some of it; see ROWS at the end
 
-Each row is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do not change
-the time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share` is the work's
-arithmetic (training, decoding) or its least traffic (sampling: weights and filled cache once a token) over the time,
-against this GPU's own rate, measured at the start: a large bf16 matrix product, a large device-to-device copy.
+Each row is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do not
+change the time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share` is
+the work's arithmetic (training, decoding) or its least traffic (sampling: weights and filled cache once a
+token) over the time, against this GPU's own rate, measured at the start: a large bf16 matrix product, a large
+device-to-device copy.
 """
 
 import dataclasses
@@ -42,8 +43,8 @@ except ImportError:  # no Triton: nothing to switch
 
 # GFLOP an image, forward, 2 a multiply-add: encoder, decoder of 256_L; VGG16 of LPIPS; the discriminator.
 ENCODER, DECODER, VGG, DISCRIMINATOR = 266e9, 317e9, 40e9, 6.3e9
-# Forward and backward of the generator; VGG of x forward, of y forward and backward to y; the discriminator likewise
-# for the generator, then of x and y forward and backward.
+# Forward and backward of the generator; VGG of x forward, of y forward and backward to y; the discriminator
+# likewise for the generator, then of x and y forward and backward.
 STEP_256_L = 3 * (ENCODER + DECODER) + 3 * VGG + (2 + 6) * DISCRIMINATOR
 
 
@@ -257,7 +258,8 @@ def transformer_step(bench, name, batch, compiled, grid=16):
 
 
 def step_flops(model):
-    """Arithmetic of one image's training step: matrix products and attention, forward and twice that backward."""
+    """Arithmetic of one image's training step: matrix products and attention, forward and twice that
+    backward."""
     config = model.config
     tokens = config.grid**2
 

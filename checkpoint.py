@@ -1,4 +1,5 @@
-"""Weights on disk: reading any file without running what is in it, matching it strictly, writing it atomically.
+"""Weights on disk: reading any file without running what is in it, matching it strictly, writing it
+atomically.
 
 - `read_weights(path)`: a .ckpt / .pt / .pth file as plain tensors and containers; a pickle is never executed.
 - `match(found, expected, ...)`: every missing, unexpected or wrongly shaped entry is an error that names it.
@@ -26,7 +27,8 @@ from runtime import UserError
 
 
 class _Inert:
-    """What stands in a file in place of an object of a foreign type: it swallows everything and does nothing."""
+    """What stands in a file in place of an object of a foreign type: it swallows everything and does
+    nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -87,9 +89,10 @@ def _read_past_foreign_types(path):
 def read_weights(path):
     """The content of a weights file, on the CPU, as plain tensors and containers.
 
-    Reads with `weights_only=True`; a file that holds foreign objects (the released ones were written by PyTorch
-    Lightning) is read once more with each foreign type turned into an inert placeholder, and a warning naming them.
-    Nothing in the file is ever imported or called. Raises UserError for a missing, torn or alien file.
+    Reads with `weights_only=True`; a file that holds foreign objects (the released ones were written by
+    PyTorch Lightning) is read once more with each foreign type turned into an inert placeholder, and a
+    warning naming them. Nothing in the file is ever imported or called. Raises UserError for a missing, torn
+    or alien file.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,7 +110,8 @@ def read_weights(path):
 
 
 def is_intact(path):
-    """True where every byte of a torch file matches the checksums stored in it (torch itself does not look)."""
+    """True where every byte of a torch file matches the checksums stored in it (torch itself does not
+    look)."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -164,8 +168,8 @@ def download(url):
 
 
 def locate(name_or_path, released):
-    """The weights file meant by `name_or_path`: a file; a run folder (its newest intact checkpoint); or a name in
-    `released` (name -> address), downloaded once. Raises UserError where it is none of these."""
+    """The weights file meant by `name_or_path`: a file; a run folder (its newest intact checkpoint); or a
+    name in `released` (name -> address), downloaded once. Raises UserError where it is none of these."""
     path = Path(name_or_path)
     if path.is_file():
         return path
@@ -225,7 +229,8 @@ def write_atomically(path, content):
 
 
 def save_checkpoint(folder, state, keep_last=2, keep_every=0):
-    """Write `state` (plain tensors, numbers, strings; with its "step") as folder/step_XXXXXXXX.pt; returns the path.
+    """Write `state` (plain tensors, numbers, strings; with its "step") as folder/step_XXXXXXXX.pt; returns
+    the path.
 
     Keeps the newest `keep_last` files, and for good those whose step is a multiple of `keep_every` (0: none).
     A file of a later step was passed over as damaged when the run began: it does not count among the newest.
@@ -240,10 +245,11 @@ def save_checkpoint(folder, state, keep_last=2, keep_every=0):
 
 
 def load_latest(rt, folder, kind):
-    """(path, state) of the newest intact checkpoint of `kind` in a run folder, or (None, None) for a fresh start.
+    """(path, state) of the newest intact checkpoint of `kind` in a run folder, or (None, None) for a fresh
+    start.
 
-    A torn or foreign file is passed over for the older one, with a warning. All ranks read the file that the main
-    process chose, so the folder must be on a file system that every host sees.
+    A torn or foreign file is passed over for the older one, with a warning. All ranks read the file that the
+    main process chose, so the folder must be on a file system that every host sees.
     """
     chosen, state = None, None
     if rt.main:
@@ -272,13 +278,15 @@ def load_latest(rt, folder, kind):
 
 
 def restore(module, state, name, path):
-    """Load entry `name` of the checkpoint `state` into a module; a UserError naming `path` where it does not fit."""
+    """Load entry `name` of the checkpoint `state` into a module; a UserError naming `path` where it does not
+    fit."""
     match(state.get(name, {}), module.state_dict(), path, f"this run's {name}")
     module.load_state_dict(state[name])
 
 
 def changed_settings(old, new, may_change):
-    """What differs between a checkpoint's settings and the present ones, as a line; "" where nothing that matters."""
+    """What differs between a checkpoint's settings and the present ones, as a line; "" where nothing that
+    matters."""
     # A flag younger than the checkpoint was off in it.
     return ", ".join(
         f"--{name.replace('_', '-')} was {old.get(name, False)}, is {value}"

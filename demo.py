@@ -2,8 +2,9 @@
 
     python demo.py [FOLDER]        default folder: runs/demo
 
-Trains a tiny tokenizer on glyphs, encodes them, trains a tiny transformer, draws samples; then prints a table of
-what came out, and the two pictures to look at. Every step is a command that you can run, and change, yourself.
+Trains a tiny tokenizer on glyphs, encodes them, trains a tiny transformer, draws samples; then prints a table
+of what came out, and the two pictures to look at. Every step is a command that you can run, and change,
+yourself.
 """
 
 import json

@@ -4,9 +4,10 @@
     torchrun --nproc_per_node=8 eval_tokenizer.py --tokenizer 128_L --data imagenet/val --size 256        # rFID 0.34
     python eval_tokenizer.py --tokenizer runs/tokenizer --data glyphs:2000 --size 32       # own run, built-in pictures
 
-Every picture is resized and centre-cropped to --size, encoded and decoded. Out come, with the protocol behind them:
-rFID, PSNR (per picture, and as published), SSIM, LPIPS with VGG and with AlexNet, the share of the 2^K codes that
-occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above reconstruction).
+Every picture is resized and centre-cropped to --size, encoded and decoded. Out come, with the protocol behind
+them: rFID, PSNR (per picture, and as published), SSIM, LPIPS with VGG and with AlexNet, the share of the 2^K
+codes that occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above
+reconstruction).
 """
 
 import math
@@ -65,8 +66,9 @@ def parse(argv=None):
 
 
 def if_there(load, *arguments):
-    """(what `load(*arguments)` returns, None), or (None, the reason) where its weights cannot be had. The last
-    argument is the file that the user gave, if any: that one must be right, and its UserError goes through."""
+    """(what `load(*arguments)` returns, None), or (None, the reason) where its weights cannot be had. The
+    last argument is the file that the user gave, if any: that one must be right, and its UserError goes
+    through."""
     try:
         return load(*arguments), None
     except UserError as reason:
@@ -76,15 +78,15 @@ def if_there(load, *arguments):
 
 
 def published_psnr(per_picture):
-    """PSNR of each mini-batch of 4, from its mean squared error, in dB: (N,) per picture, in order -> (ceil(N / 4),).
-    Averaged, it lies below the mean over pictures."""
+    """PSNR of each mini-batch of 4, from its mean squared error, in dB: (N,) per picture, in order -> (ceil(N
+    / 4),). Averaged, it lies below the mean over pictures."""
     errors = 10 ** (-per_picture / 10)
     return torch.stack([-10 * batch.mean().log10() for batch in errors.split(PUBLISHED_BATCH)])
 
 
 def finite_mean(values):
-    """(mean over the finite values, number of infinite ones): what is given back exactly has no PSNR to average.
-    The mean is infinite only where all are."""
+    """(mean over the finite values, number of infinite ones): what is given back exactly has no PSNR to
+    average. The mean is infinite only where all are."""
     finite = values[values.isfinite()]
     return finite.mean().item() if len(finite) else math.inf, len(values) - len(finite)
 
@@ -93,8 +95,8 @@ def finite_mean(values):
 def measure(rt, args, tokenizer, pictures, inception, perceptual):
     """Run all pictures through, every rank its share. perceptual: {name of the number: LPIPS}.
 
-    Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3, S, S):
-    up to eight originals, then their reconstructions); None on the others.
+    Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3,
+    S, S): up to eight originals, then their reconstructions); None on the others.
     """
     bad, rows, shown = data.BadPictures(pictures), [], None
     of_originals, of_rebuilt = Moments(2048), Moments(2048)

@@ -1,13 +1,14 @@
-"""Frechet Inception Distance (FID) and what is reported beside it: sFID, IS, precision and recall; PSNR and SSIM.
+"""Frechet Inception Distance (FID) and what is reported beside it: sFID, IS, precision and recall; PSNR and
+SSIM.
 
     python fid.py REFERENCE SAMPLES                            # the published generation numbers (ADM's protocol)
     python fid.py REFERENCE SAMPLES --convention half-pixel    # FID as pytorch-fid computes it
     python fid.py REFERENCE --save-stats reference.npz         # measure a set once; use the file in its place
     torchrun --nproc_per_node=8 fid.py REFERENCE SAMPLES       # every device takes a share
 
-A set is a folder of pictures (any depth, all of one size), an .npz of pictures (`arr_0`, uint8, (N, H, W, 3)), a
-reference file of ADM's evaluator (stored moments and pictures), or saved statistics. Out come the numbers and the
-protocol that they were made with; the convention (inception.py) is part of a number.
+A set is a folder of pictures (any depth, all of one size), an .npz of pictures (`arr_0`, uint8, (N, H, W,
+3)), a reference file of ADM's evaluator (stored moments and pictures), or saved statistics. Out come the
+numbers and the protocol that they were made with; the convention (inception.py) is part of a number.
 
 Letters: B batch, N pictures, D features, H W pixels.
 """
@@ -42,7 +43,8 @@ from runtime import UserError
 
 
 def exact_device():
-    """Where float64 linear algebra runs: CUDA where there is some (other accelerators lack it), else the CPU."""
+    """Where float64 linear algebra runs: CUDA where there is some (other accelerators lack it), else the
+    CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -51,12 +53,14 @@ def float64(*arrays):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1
+    S2)^(1/2)).
 
-    mu: (D,) means; sigma: (D, D) covariances, of any rank; arrays or tensors, computed in float64. Returns a float >= 0.
-    With S1 = A A^T and S2 = B B^T the trace of the root is the sum of the singular values of A^T B, which are the
-    square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2). Nothing is squared on the way, nothing is added to a
-    diagonal, so it holds at full precision for covariances of few samples too. Raises UserError for non-finite input.
+    mu: (D,) means; sigma: (D, D) covariances, of any rank; arrays or tensors, computed in float64. Returns a
+    float >= 0. With S1 = A A^T and S2 = B B^T the trace of the root is the sum of the singular values of A^T
+    B, which are the square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2). Nothing is squared on the way,
+    nothing is added to a diagonal, so it holds at full precision for covariances of few samples too. Raises
+    UserError for non-finite input.
     """
     mu1, sigma1, mu2, sigma2 = float64(mu1, sigma1, mu2, sigma2)
     for array in (mu1, sigma1, mu2, sigma2):
@@ -77,8 +81,8 @@ def inception_score(probabilities, split_size=5000):
     """Inception Score, (mean, standard deviation) over consecutive splits of `split_size` pictures.
 
     probabilities: (N, classes), each row summing to one. A split's score is exp(mean over its pictures of
-    KL(p(y|x) || p(y))), p(y) the split's mean; a short last split counts as one. Pictures sorted by class give a
-    wrong, far too small score. Source: ADM's evaluator.
+    KL(p(y|x) || p(y))), p(y) the split's mean; a short last split counts as one. Pictures sorted by class
+    give a wrong, far too small score. Source: ADM's evaluator.
     """
     (p,) = float64(probabilities)
     scores = []
@@ -90,7 +94,8 @@ def inception_score(probabilities, split_size=5000):
 
 
 def seem_sorted(probabilities, split_size=5000):
-    """True where the order of the pictures spoils `inception_score`, as it does when they are sorted by class."""
+    """True where the order of the pictures spoils `inception_score`, as it does when they are sorted by
+    class."""
     if len(probabilities) <= split_size:
         return False  # within one split the order is of no consequence
     # Halves tell best: sorted by class, each lacks half of the classes.
@@ -100,11 +105,13 @@ def seem_sorted(probabilities, split_size=5000):
 
 
 def precision_recall(reference, generated, k=3):
-    """Improved precision and recall (arXiv 1904.06991) of features (N, D) and (M, D), as two floats in [0, 1].
+    """Improved precision and recall (arXiv 1904.06991) of features (N, D) and (M, D), as two floats in [0,
+    1].
 
     Each set's manifold is the union of balls around its points, reaching to the k-th nearest other point.
-    Precision: share of generated points in the reference's manifold; recall: the reverse. A ball holds its rim.
-    Memory stays within about 1 GiB besides the features. Raises UserError for a set of k points or fewer.
+    Precision: share of generated points in the reference's manifold; recall: the reverse. A ball holds its
+    rim. Memory stays within about 1 GiB besides the features. Raises UserError for a set of k points or
+    fewer.
     """
     reference, generated = float64(reference, generated)
     radii_reference, radii_generated = (neighbour_radii(points, k) for points in (reference, generated))
@@ -130,9 +137,10 @@ def neighbour_radii(points, k):
 
 
 def distance_blocks(points, others, block_numbers=2**25):
-    """Squared distances of (N, D) to (M, D), a block of rows at a time: yields (slice of rows, (n, M) distances,
-    (n, M) bound on the rounding error of comparing two such distances)."""
-    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b leaves an error of at most about D eps (|a|^2 + |b|^2) for each distance.
+    """Squared distances of (N, D) to (M, D), a block of rows at a time: yields (slice of rows, (n, M)
+    distances, (n, M) bound on the rounding error of comparing two such distances)."""
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b leaves an error of at most about D eps (|a|^2 + |b|^2) for each
+    # distance.
     norms, other_norms = points.square().sum(1), others.square().sum(1)
     relative_error = 4 * points.shape[1] * torch.finfo(points.dtype).eps
     step = max(1, block_numbers // len(others))
@@ -147,7 +155,8 @@ def distance_blocks(points, others, block_numbers=2**25):
 
 
 def psnr(images, others):
-    """Peak signal-to-noise ratio of each pair, in dB: two (B, C, H, W) uint8 -> (B,) float64; infinite where equal."""
+    """Peak signal-to-noise ratio of each pair, in dB: two (B, C, H, W) uint8 -> (B,) float64; infinite where
+    equal."""
     error = ((images.double() - others.double()) / 255).square().flatten(1).mean(1)
     return -10 * error.log10()
 
@@ -155,8 +164,9 @@ def psnr(images, others):
 def ssim(images, others):
     """Structural similarity of each pair, data range 1: two (B, C, H, W) uint8 -> (B,) float64.
 
-    Uniform 7x7 window, sample covariances, K1 = 0.01, K2 = 0.03, mean over channels and over the windows that lie
-    inside the picture; the default of scikit-image. Raises UserError for pictures smaller than the window.
+    Uniform 7x7 window, sample covariances, K1 = 0.01, K2 = 0.03, mean over channels and over the windows that
+    lie inside the picture; the default of scikit-image. Raises UserError for pictures smaller than the
+    window.
     """
     if min(images.shape[2:]) < 7:
         raise UserError(f"SSIM needs pictures of at least 7x7, not {images.shape[2]}x{images.shape[3]}")
@@ -218,8 +228,8 @@ class Moments:
 
 
 def gather_rows(rt, parts, width):
-    """All ranks' rows, in the order of ranks, as one (N, width) tensor on the main process; None on the others.
-    parts: this rank's list of (n, width) tensors, perhaps empty."""
+    """All ranks' rows, in the order of ranks, as one (N, width) tensor on the main process; None on the
+    others. parts: this rank's list of (n, width) tensors, perhaps empty."""
     rows = torch.cat([torch.zeros(0, width), *(part.cpu() for part in parts)])
     if rt.world == 1:
         return rows
@@ -229,7 +239,8 @@ def gather_rows(rt, parts, width):
 
 
 def progress(rt, dataset, batch, workers, words):
-    """This rank's batches of a dataset (see `data.evaluation_batches`), with a progress bar on the main process."""
+    """This rank's batches of a dataset (see `data.evaluation_batches`), with a progress bar on the main
+    process."""
     batches = evaluation_batches(dataset, batch, rt.rank, rt.world, workers)
     steps = math.ceil(math.ceil(len(dataset) / rt.world) / batch)
     return tqdm(batches, words, steps, disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True)
@@ -276,7 +287,8 @@ class FolderPictures(PictureFolder):
 
 
 class NpzPictures:
-    """The pictures `arr_0` (N, H, W, 3) of an .npz, read from the disk one by one as `pictures[epoch, index]`."""
+    """The pictures `arr_0` (N, H, W, 3) of an .npz, read from the disk one by one as `pictures[epoch,
+    index]`."""
 
     def __init__(self, path):
         self.source, self.array = path, map_npz(path, "arr_0")
@@ -297,8 +309,8 @@ class NpzPictures:
 
 
 def map_npz(path, name):
-    """An array of an .npz: a memory map where it is stored plainly (np.savez), so that ten gigabytes of pictures
-    need no memory; else (np.savez_compressed) in memory."""
+    """An array of an .npz: a memory map where it is stored plainly (np.savez), so that ten gigabytes of
+    pictures need no memory; else (np.savez_compressed) in memory."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         entry = archive.getinfo(f"{name}.npy")
         file.seek(entry.header_offset + 26)  # the entry's own header: 30 bytes, then its name and extras
@@ -318,10 +330,11 @@ def in_words(shape):
 class PictureSet:
     """What a path holds: a folder of pictures, or an .npz of pictures, of statistics, or of both.
 
-    `pictures` to measure, or None. Statistics, each None until known: `pool` and `spatial`, (mean, covariance);
-    `features` (N, 2048), on the main process; `count` of the pictures behind the moments; their `shape` (H, W);
-    the `convention` and the SHA-256 of the `inception` weights behind them. `words`: what they are, for the protocol.
-    Opening reads no picture yet, and raises UserError where the path is none of these.
+    `pictures` to measure, or None. Statistics, each None until known: `pool` and `spatial`, (mean,
+    covariance); `features` (N, 2048), on the main process; `count` of the pictures behind the moments; their
+    `shape` (H, W); the `convention` and the SHA-256 of the `inception` weights behind them. `words`: what
+    they are, for the protocol. Opening reads no picture yet, and raises UserError where the path is none of
+    these.
     """
 
     def __init__(self, rt, path):
@@ -370,7 +383,8 @@ class PictureSet:
             self.words.append(f"stored features of {self.count} pictures {in_words(self.shape)}")
 
     def check(self, convention, sha256):
-        """Raise UserError where the stored statistics are not of this convention and these Inception weights."""
+        """Raise UserError where the stored statistics are not of this convention and these Inception
+        weights."""
         if self.convention not in (None, convention):
             raise UserError(
                 f"{self.path} holds statistics made with --convention {self.convention}, not {convention}; "
@@ -429,8 +443,8 @@ class PictureSet:
 
 
 def compare(reference, samples, classifier):
-    """All numbers of two measured `PictureSet`s: {name: value, or a sentence why there is none}, and warnings.
-    classifier: Inception's last weight matrix (1008, 2048)."""
+    """All numbers of two measured `PictureSet`s: {name: value, or a sentence why there is none}, and
+    warnings. classifier: Inception's last weight matrix (1008, 2048)."""
     numbers, warnings = {"FID": frechet_distance(*reference.pool, *samples.pool)}, []
     moments_only = "not computed ({} moments only)"
     if reference.spatial and samples.spatial:

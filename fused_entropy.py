@@ -62,8 +62,9 @@ def _tables(z, scale, tables, entropies, LOW: tl.constexpr, HIGH: tl.constexpr):
 def _codebook_entropy(total, share, eps, uniform, sums, of_mean, BLOCK: tl.constexpr):
     """A block of codes: its part of the entropy of mean = total * share, and the entropy's derivative.
 
-    The derivative leaves out a constant, -log(uniform), uniform = 2^-K + eps: it cancels in the gradient, as a token's
-    probabilities add up to 1. Left in, it would cost digits where assignments are soft and log(mean) is nearly it."""
+    The derivative leaves out a constant, -log(uniform), uniform = 2^-K + eps: it cancels in the gradient, as
+    a token's probabilities add up to 1. Left in, it would cost digits where assignments are soft and
+    log(mean) is nearly it."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mean = tl.load(total + place) * share
     above = mean + eps
@@ -123,8 +124,8 @@ def codebook_entropy(total, share, eps):
 
 
 def gradients(z, tables, of_tables, scale):
-    """Gradients by z of the mean sample entropy and of the codebook entropy, from of_tables, the products of `of_mean`
-    with the tables."""
+    """Gradients by z of the mean sample entropy and of the codebook entropy, from of_tables, the products of
+    `of_mean` with the tables."""
     (tokens, bits), low = z.shape, z.shape[1] // 2
     of_sample, of_codebook = torch.empty_like(z), torch.empty_like(z)
     with torch.cuda.device(z.device):

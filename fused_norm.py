@@ -2,10 +2,10 @@
 
     y = norm_silu(x, scale, bias)        # tokenizer.py calls it where `usable(x)`; elsewhere silu(group_norm(x))
 
-Under autocast torch's GroupNorm reads and writes float32 and wants NCHW, while the fast convolutions want bf16 and
-channels last. These Triton kernels take channels last in the input's own type and compute in float32: forward two
-reads and a write, backward two reads of x and of the gradient and a write. Two values a channel and image are kept
-for the backward pass, besides x.
+Under autocast torch's GroupNorm reads and writes float32 and wants NCHW, while the fast convolutions want
+bf16 and channels last. These Triton kernels take channels last in the input's own type and compute in
+float32: forward two reads and a write, backward two reads of x and of the gradient and a write. Two values a
+channel and image are kept for the backward pass, besides x.
 
 Letters: B batch, C channels, P pixels, G groups. A program works on one chunk of one image's pixels.
 """
@@ -20,7 +20,8 @@ TILE, WARPS, PROGRAMS = 2048, 8, 1024  # numbers a program takes at once, its wa
 
 
 def usable(x):
-    """True for what the kernels take: a GPU, channels last, a number of channels that is a power of 2 (from 32)."""
+    """True for what the kernels take: a GPU, channels last, a number of channels that is a power of 2 (from
+    32)."""
     channels = x.shape[1]
     return (
         ENABLED
@@ -34,8 +35,8 @@ def usable(x):
 
 @triton.jit
 def _sum_channels(x, sums, pixels, chunk, C: tl.constexpr, ROWS: tl.constexpr):
-    """Sums of x and of x^2 over this chunk's pixels, both of x less its first pixel's value, so that a large mean
-    costs no digits."""
+    """Sums of x and of x^2 over this chunk's pixels, both of x less its first pixel's value, so that a large
+    mean costs no digits."""
     number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, C)
     x += image * pixels * C
@@ -180,8 +181,8 @@ def _group_gradients(
     GROUP: tl.constexpr,
     MANY: tl.constexpr,
 ):
-    """Each image's gradients of bias and scale, (B, 2, C); and, (B, 2, C), what backward subtracts: the group's
-    means of the gradient and of gradient times normalized x."""
+    """Each image's gradients of bias and scale, (B, 2, C); and, (B, 2, C), what backward subtracts: the
+    group's means of the gradient and of gradient times normalized x."""
     image = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, C)
     of_bias, of_scale = _load_sums(sums, image, chunks, C, MANY)
@@ -297,7 +298,7 @@ class _NormSilu(torch.autograd.Function):
 def norm_silu(x, scale, bias, activate=True):
     """silu(group_norm(x) * scale + bias) in 32 groups, and x itself: (B, C, H, W) channels last -> two of it.
 
-    scale, bias: (C,), or (B, C) for an adaptive norm. activate: False leaves SiLU out. Take x from here where it also
-    goes around the norm (a residual): its two gradients are then added in the same pass.
+    scale, bias: (C,), or (B, C) for an adaptive norm. activate: False leaves SiLU out. Take x from here where
+    it also goes around the norm (a residual): its two gradients are then added in the same pass.
     """
     return _NormSilu.apply(x, scale.contiguous(), bias.contiguous(), activate)

@@ -2,14 +2,14 @@
 
     indices = decoder_for(model, images, guide, options, dtype).generate(labels, uniforms, tokens)
 
-`ARTransformer.generate` uses it where `usable(model)`; what it computes is `ARTransformer._token_step`, and the tests
-hold the one against the other. A step of a few hundred small operations is bound by their launches: captured once,
-the graph is launched whole, for any position, since the position is a number in the GPU's memory. Weights are kept
-once more in the type that computes (half precision under autocast), w1 and w3 in one matrix. The residual stream
-stays in float32.
+`ARTransformer.generate` uses it where `usable(model)`; what it computes is `ARTransformer._token_step`, and
+the tests hold the one against the other. A step of a few hundred small operations is bound by their launches:
+captured once, the graph is launched whole, for any position, since the position is a number in the GPU's
+memory. Weights are kept once more in the type that computes (half precision under autocast), w1 and w3 in one
+matrix. The residual stream stays in float32.
 
-Letters: B images, rows B, or 2 B with guidance (the images' classes, then as many null classes), d width, H heads,
-D head width, N tokens.
+Letters: B images, rows B, or 2 B with guidance (the images' classes, then as many null classes), d width, H
+heads, D head width, N tokens.
 """
 
 import weakref
@@ -74,10 +74,12 @@ def _attend(
     qkv, rotary, keys, values, position, y, table, length, scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rotate this position's query and key, put key and value into the cache, attend to positions 0..this one.
+    """Rotate this position's query and key, put key and value into the cache, attend to positions 0..this
+    one.
 
-    qkv (rows, 3 H D); rotary (2, table, D/2); keys, values (rows, H, length, D), of a key the even entries before the
-    odd ones; y (rows, H D). A program a row and head; softmax on the way, as blocks of the cache come in.
+    qkv (rows, 3 H D); rotary (2, table, D/2); keys, values (rows, H, length, D), of a key the even entries
+    before the odd ones; y (rows, H D). A program a row and head; softmax on the way, as blocks of the cache
+    come in.
     """
     row, head = tl.program_id(0), tl.program_id(1)
     here = tl.load(position)
@@ -121,8 +123,8 @@ def _draw(
 ):  # fmt: skip
     """Guidance, temperature and the draw by inverse CDF, in float64, as `ar_model.draw`; a program an image.
 
-    logits (rows, V); uniforms (B, N, 2); the sub-token goes to drawn (2, B, N). The next input of the image's rows
-    goes to x (rows, d): after pre its embedding, after post the sum of both.
+    logits (rows, V); uniforms (B, N, 2); the sub-token goes to drawn (2, B, N). The next input of the image's
+    rows goes to x (rows, d): after pre its embedding, after post the sum of both.
     """
     image = tl.program_id(0)
     here = tl.load(position)
@@ -154,7 +156,8 @@ def _draw(
 
 
 class Decoder:
-    """The graph of one token step for a fixed number of images and fixed options, with the memory that it works on.
+    """The graph of one token step for a fixed number of images and fixed options, with the memory that it
+    works on.
 
     options: (guidance scale or None, temperature, top-k, top-p) of each sub-token; None is no null branch.
     """

@@ -38,7 +38,8 @@ def indices_to_codes(indices, bits=18, dtype=torch.float32):
 
 
 def split_indices(indices, factorized_bits=(6, 12)):
-    """Sub-tokens of each index, lowest bits first: (...) -> one (...) a part. For (6, 12): pre 0..63, post 0..4095."""
+    """Sub-tokens of each index, lowest bits first: (...) -> one (...) a part. For (6, 12): pre 0..63, post
+    0..4095."""
     parts, shift = [], 0
     for bits in factorized_bits:
         parts.append(indices >> shift & (2**bits - 1))
@@ -57,8 +58,9 @@ def merge_indices(sub_indices, factorized_bits=(6, 12)):
 
 @functools.lru_cache
 def _patterns(bits, device, dtype):
-    """Which of the 2 K numbers (log p_i, then log q_i) add up to the logarithm of each half's each sign pattern:
-    zeros and ones, (2 K, 2^(K//2) + 2^(K - K//2)), first the low bits' patterns; pattern j's sign i is bit i."""
+    """Which of the 2 K numbers (log p_i, then log q_i) add up to the logarithm of each half's each sign
+    pattern: zeros and ones, (2 K, 2^(K//2) + 2^(K - K//2)), first the low bits' patterns; pattern j's sign i
+    is bit i."""
     halves = []
     for count in (bits // 2, bits - bits // 2):
         positive = torch.arange(2**count, device=device) >> torch.arange(count, device=device)[:, None] & 1
@@ -68,8 +70,8 @@ def _patterns(bits, device, dtype):
 
 
 class _EntropyTerms(torch.autograd.Function):
-    """`entropy_terms` of z (N, K), with p_i = sigmoid(scale * z_i). The gradients are made with the terms: two tensors of
-    z's size are all that has to wait for the backward pass."""
+    """`entropy_terms` of z (N, K), with p_i = sigmoid(scale * z_i). The gradients are made with the terms:
+    two tensors of z's size are all that has to wait for the backward pass."""
 
     @staticmethod
     def forward(ctx, z, scale, eps, global_batch):
@@ -88,9 +90,10 @@ class _EntropyTerms(torch.autograd.Function):
 def _terms(z, scale, eps, global_batch):
     """(sample and codebook entropy), (gradient of each).
 
-    By hand because it is short and few operations are fast ones: the tables of both halves' sign patterns are one
-    matrix product of logarithms, the mean assignment another, (2^(K - K//2), 2^(K//2)), high half by low half; and
-    nothing of size 2^K * N is ever made. Without TF32: reduced precision here moves the codebook gradient by percents.
+    By hand because it is short and few operations are fast ones: the tables of both halves' sign patterns are
+    one matrix product of logarithms, the mean assignment another, (2^(K - K//2), 2^(K//2)), high half by low
+    half; and nothing of size 2^K * N is ever made. Without TF32: reduced precision here moves the codebook
+    gradient by percents.
     """
     tokens, bits = z.shape
     with _exactly(z.device):
@@ -109,8 +112,9 @@ def _terms(z, scale, eps, global_batch):
         log = above.log()
         codebook_entropy = -(mean * log).sum()
 
-        # Backwards, from the mean to the tables' logarithms, log p and log q, and the logits. Every process of a global
-        # batch has the same of_mean, of which 1/world is its share: the mean of all gradients over processes brings that.
+        # Backwards, from the mean to the tables' logarithms, log p and log q, and the logits. Every process
+        # of a global batch has the same of_mean, of which 1/world is its share: the mean of all gradients
+        # over processes brings that.
         of_mean = -torch.addcdiv(log, mean, above)
         of_tables = torch.cat([high @ of_mean, low @ of_mean.T], 1).mul_(tables)
         of_log_p, of_log_q = (of_tables @ patterns.T).split(bits, 1)
@@ -153,13 +157,14 @@ def _exactly(device):
 def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     """Entropy of the soft assignment of tokens to all 2^K codes, without the (N, 2^K) table.
 
-    The assignment of a token is softmax over codes c of 2 z.c / temperature. It factorises over bits: bit i is +1
-    with probability p_i = sigmoid(4 z_i / temperature), independently. So a token's entropy is the sum of K binary
-    entropies, and the mean assignment over tokens is one matrix product of two halves' tables, (2^K/2, N) x (N, 2^K/2).
+    The assignment of a token is softmax over codes c of 2 z.c / temperature. It factorises over bits: bit i
+    is +1 with probability p_i = sigmoid(4 z_i / temperature), independently. So a token's entropy is the sum
+    of K binary entropies, and the mean assignment over tokens is one matrix product of two halves' tables,
+    (2^K/2, N) x (N, 2^K/2).
 
-    z: (N, K) latents; computed in float32 at least (float64 stays), whatever autocast says. Returns two scalars, in nats:
-    `sample_entropy`, mean over tokens; `codebook_entropy`, -sum_c pbar_c log(pbar_c + eps) of the mean assignment pbar
-    (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18: as published).
+    z: (N, K) latents; computed in float32 at least (float64 stays), whatever autocast says. Returns two
+    scalars, in nats: `sample_entropy`, mean over tokens; `codebook_entropy`, -sum_c pbar_c log(pbar_c + eps)
+    of the mean assignment pbar (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18: as published).
 
     global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally
     many. The gradient is then right once it is averaged over processes, as training does: that average

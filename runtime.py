@@ -85,8 +85,8 @@ class Runtime:
         return box[0]
 
     def share_parameters(self, module):
-        """Give every rank the main process's parameters. Equal seeds draw equal ones, but for their last bits on
-        another kind of CPU."""
+        """Give every rank the main process's parameters. Equal seeds draw equal ones, but for their last bits
+        on another kind of CPU."""
         if self.world > 1:
             for parameter in module.parameters():
                 dist.broadcast(parameter.detach(), src=0)
@@ -153,8 +153,8 @@ def _fresh_store(rank, world):
     """The store through which this launch's ranks find one another.
 
     torchrun keeps one store over all its restarts, and restarted ranks would find in it the addresses of those before
-    them, and fail or wait for them. So rank 0 offers a prefix that was never used, the others answer with a name of
-    their own, and an offer whose list of answers lacks that name is an old one.
+    them, and fail or wait for them. So rank 0 offers a prefix that was never used, the others answer with a
+    name of their own, and an offer whose list of answers lacks that name is an old one.
     """
     store = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))[0]
     mine = uuid.uuid4().hex
@@ -192,8 +192,9 @@ def set_precision(rt, precision):
 
 
 def seed_everything(*numbers):
-    """Seed torch's generators (all devices) from any non-negative integers, for instance (seed, step, micro-batch).
-    This is why no random state is ever saved: every draw of training is a function of its place in the run."""
+    """Seed torch's generators (all devices) from any non-negative integers, for instance (seed, step,
+    micro-batch). This is why no random state is ever saved: every draw of training is a function of its place
+    in the run."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
@@ -236,8 +237,9 @@ def parse_with_presets(arguments, presets, argv=None):
 def run_script(main):
     """Run a script's main(); a UserError or a full disk ends in one line and exit code 2, no traceback.
 
-    Whatever ends it, the process leaves at once: others may wait inside a collective for this one (torchrun then
-    ends them), and Python would wait at its exit for loader processes, which leave signals to this process.
+    Whatever ends it, the process leaves at once: others may wait inside a collective for this one (torchrun
+    then ends them), and Python would wait at its exit for loader processes, which leave signals to this
+    process.
     """
     try:
         main()
@@ -262,7 +264,8 @@ def run_script(main):
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not by way of Python's own exit: a thread of gloo that lets go of a tensor meanwhile would abort the process.
+    # Not by way of Python's own exit: a thread of gloo that lets go of a tensor meanwhile would abort the
+    # process.
     os._exit(0)
 
 
@@ -289,7 +292,8 @@ def split_batch(global_batch, micro_batch, world):
 
 
 def should_compile(rt, flag, steps):
-    """Whether to compile: as --compile or --no-compile say; otherwise on a GPU for a run of 500 steps or more."""
+    """Whether to compile: as --compile or --no-compile say; otherwise on a GPU for a run of 500 steps or
+    more."""
     return rt.device.type == "cuda" and steps >= 500 if flag is None else flag
 
 
@@ -311,7 +315,8 @@ class StopSignal:
 
 
 class FiniteGuard:
-    """Remembers, on the device and without waiting for it, the first step whose loss or weights were not finite."""
+    """Remembers, on the device and without waiting for it, the first step whose loss or weights were not
+    finite."""
 
     def __init__(self, device):
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
@@ -325,7 +330,8 @@ class FiniteGuard:
             self.first_bad.masked_fill_(bad, step)
 
     def check(self, rt, checkpoint):
-        """Call at log intervals and before saving. Raises UserError naming the step and the last good file."""
+        """Call at log intervals and before saving. Raises UserError naming the step and the last good
+        file."""
         first = int(rt.reduce([float(self.first_bad)], "max")[0])
         if first >= 0:
             raise UserError(
@@ -335,7 +341,8 @@ class FiniteGuard:
 
 
 class RunLog:
-    """A line an interval on the screen, the same as JSON in `log.jsonl`, and TensorBoard where it is installed.
+    """A line an interval on the screen, the same as JSON in `log.jsonl`, and TensorBoard where it is
+    installed.
 
     The values are those of the step named, averaged over its global batch. After a resume, lines past the
     resumed step are dropped, so that the file reads like one uninterrupted run.
@@ -435,7 +442,8 @@ def write_json(path, content):
 
 
 def write_text(path, text):
-    """Write a text so that a reader sees the old file or the new one, never half; nothing is left of a failure."""
+    """Write a text so that a reader sees the old file or the new one, never half; nothing is left of a
+    failure."""
     scratch = Path(f"{path}.tmp")
     try:
         scratch.write_text(text)

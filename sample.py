@@ -138,8 +138,8 @@ def main():
     todo = [batch for batch in mine if not all(file.exists() for file in files(batch))]
     rt.barrier()
     started = time.perf_counter()
-    # Nobody waits for the other: while the device makes a batch, a thread writes the one before. The device's queue
-    # holds two, so that it goes on at once; everything here is put there without waiting for it.
+    # Nobody waits for the other: while the device makes a batch, a thread writes the one before. The device's
+    # queue holds two, so that it goes on at once; everything here is put there without waiting for it.
     queued = collections.deque()
     with ThreadPoolExecutor(1) as writer:
         for batch in tqdm(
@@ -298,7 +298,8 @@ def fetch(images):
 
 
 def store(files, pictures, wait):
-    """Write uint8 pictures (B, H, W, 3), once wait() says that they are there: to one .npy, or each to its .png."""
+    """Write uint8 pictures (B, H, W, 3), once wait() says that they are there: to one .npy, or each to its
+    .png."""
     wait()
     if files[0].suffix == ".npy":
         write_whole(files[0], lambda file: np.save(file, pictures))

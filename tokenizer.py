@@ -28,8 +28,8 @@ if torch.cuda.is_available():  # Triton kernels
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`channels` at full resolution; width of level i is channels * channel_multipliers[i]; the resolution halves
-    between levels; `blocks_per_level` ResBlocks a level and in the middle; `bits` K, for 2^K codes."""
+    """`channels` at full resolution; width of level i is channels * channel_multipliers[i]; the resolution
+    halves between levels; `blocks_per_level` ResBlocks a level and in the middle; `bits` K, for 2^K codes."""
 
     channels: int = 128
     channel_multipliers: tuple = (1, 1, 2, 2, 4)
@@ -75,20 +75,23 @@ def group_norm(channels, affine=True):
 
 
 def norm_silu(norm, x):
-    """silu(norm(x)), and x for what goes around the norm (fused, the two gradients of x are added in one pass)."""
+    """silu(norm(x)), and x for what goes around the norm (fused, the two gradients of x are added in one
+    pass)."""
     if fused_norm and fused_norm.usable(x):
         return fused_norm.norm_silu(x, norm.weight, norm.bias)
     return silu(norm(x)), x
 
 
 def fast_layout(x):
-    """x in channels last where the fused norms run (the GPU's convolutions want that too), otherwise in NCHW."""
+    """x in channels last where the fused norms run (the GPU's convolutions want that too), otherwise in
+    NCHW."""
     fast = fused_norm and fused_norm.ENABLED and x.is_cuda
     return x.contiguous(memory_format=torch.channels_last if fast else torch.contiguous_format)
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C_in, H, W) -> (B, C_out, H, W). No convolution has a bias."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C_in, H, W) -> (B, C_out, H, W). No convolution has a
+    bias."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -110,7 +113,8 @@ def res_blocks(c_in, c_out, count):
 
 
 class Level(nn.Module):
-    """One resolution: its ResBlocks, and where there is a next level the layer that changes the resolution."""
+    """One resolution: its ResBlocks, and where there is a next level the layer that changes the
+    resolution."""
 
     def __init__(self, c_in, c_out, blocks, downsample=False, upsample=False):
         super().__init__()
@@ -150,7 +154,8 @@ class Upsampler(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """GroupNorm whose scale and bias come from the quantized latent's per-channel deviation and mean over pixels."""
+    """GroupNorm whose scale and bias come from the quantized latent's per-channel deviation and mean over
+    pixels."""
 
     def __init__(self, channels, bits):
         super().__init__()
@@ -208,8 +213,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def compile_upsamplers(self):
-        """Compile what stands between convolutions at each change of resolution: bias and depth to space in one pass.
-        (The rest is fused without compiling: see fused_norm.py.)"""
+        """Compile what stands between convolutions at each change of resolution: bias and depth to space in
+        one pass. (The rest is fused without compiling: see fused_norm.py.)"""
         for level in self.up:
             if hasattr(level, "upsample"):
                 level.upsample.compile(dynamic=False)
@@ -330,9 +335,11 @@ def _strip(entries, prefix):
 
 
 def tokenizer_from_entries(entries, source, config=None):
-    """A Tokenizer in eval mode from its `encoder.*` and `decoder.*` entries; the size is read off their shapes.
+    """A Tokenizer in eval mode from its `encoder.*` and `decoder.*` entries; the size is read off their
+    shapes.
 
-    Raises UserError naming `source`, the entries that are missing, unexpected or wrongly shaped, and the size.
+    Raises UserError naming `source`, the entries that are missing, unexpected or wrongly shaped, and the
+    size.
     """
     config = config or _config_of(entries, source)
     tokenizer = _match_tokenizer(entries, source, config)

@@ -3,10 +3,10 @@
     python train_ar.py --codes codes/train --out runs/ar                          # a CPU, minutes
     torchrun --nproc_per_node=8 train_ar.py --preset B --codes codes/imagenet --micro-batch 96 --out runs/B
 
-The codes come from encode.py, with the tokenizer that made them. What comes out, under --out: config.json, log.jsonl,
-step_XXXXXXXX.pt (the last two; everything a resume needs, and, carrying the tokenizer, all that sample.py needs),
-samples/step_XXXXXXXX.png (one class a row). Running the same command again goes on from the newest checkpoint, to the
-very weights of a run never stopped.
+The codes come from encode.py, with the tokenizer that made them. What comes out, under --out: config.json,
+log.jsonl, step_XXXXXXXX.pt (the last two; everything a resume needs, and, carrying the tokenizer, all that
+sample.py needs), samples/step_XXXXXXXX.png (one class a row). Running the same command again goes on from the
+newest checkpoint, to the very weights of a run never stopped.
 """
 
 import argparse
@@ -204,7 +204,8 @@ def main():
         shard(rt, model, args.precision)
     else:
         rt.share_parameters(model.to(rt.device))
-    # The published code makes two groups, but its schedule then writes the decay into both: all parameters decay.
+    # The published code makes two groups, but its schedule then writes the decay into both: all parameters
+    # decay.
     fused = rt.device.type == "cuda"
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, fused=fused
@@ -224,7 +225,8 @@ def main():
     )
     del state
 
-    # Passes, forward and backward. Graphs go with compiled blocks; sharded ones talk to other processes in every pass.
+    # Passes, forward and backward. Graphs go with compiled blocks; sharded ones talk to other processes in
+    # every pass.
     gradients = Gradients(rt, model.parameters(), args.shard)
     graphs = Graphs(compiled and plain_blocks and rt.device.type == "cuda")
     share = accumulation * (1 if args.shard else rt.world)  # the micro-batches whose losses a step adds up
@@ -260,8 +262,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Forward and backward, micro-batch by micro-batch; gradients travel once, after the last (sharded ones in each,
-        # else all of them would have to be kept everywhere)
+        # Forward and backward, micro-batch by micro-batch; gradients travel once, after the last (sharded
+        # ones in each, else all of them would have to be kept everywhere)
         terms = []
         for i in range(accumulation):
             number = rt.rank * accumulation + i  # of this micro-batch within the global batch

@@ -3,9 +3,10 @@
     python train_tokenizer.py --data glyphs --out runs/tokenizer                  # a CPU, minutes, nothing to download
     torchrun --nproc_per_node=8 train_tokenizer.py --preset 256_L --data imagenet/train --val-data imagenet/val
 
-What comes out, under --out: config.json, log.jsonl, step_XXXXXXXX.pt (the last two; everything a resume needs, and
-what load_tokenizer reads), samples/step_XXXXXXXX.png (original above reconstruction, by the moving average).
-Running the same command again goes on from the newest checkpoint, to the very weights of a run never stopped.
+What comes out, under --out: config.json, log.jsonl, step_XXXXXXXX.pt (the last two; everything a resume
+needs, and what load_tokenizer reads), samples/step_XXXXXXXX.png (original above reconstruction, by the moving
+average). Running the same command again goes on from the newest checkpoint, to the very weights of a run
+never stopped.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from fid import psnr
 from passes import Gradients, Graphs
 from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig
 
-# The paper's settings for 256_L and 128_L. tiny is ours: legible glyphs in minutes on a CPU, with neither LPIPS
-# nor discriminator, whose networks are many times larger than itself.
+# The paper's settings for 256_L and 128_L. tiny is ours: legible glyphs in minutes on a CPU, with neither
+# LPIPS nor discriminator, whose networks are many times larger than itself.
 _PAPER = {"global_batch": 256, "micro_batch": 8, "lr": 1e-4, "ema": 0.999, "steps": 0}
 _PAPER |= {"lpips": "published", "gan_weight": 0.1, "entropy_weight": 0.1}
 PRESETS = {
@@ -137,8 +138,9 @@ def main():
     args = parse()
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
-    # Try out convolution algorithms: few shapes, run often. Each process may find another one the fastest, so scripts
-    # that make codes, pictures or published metrics don't; validation's figures here may move in their last digits.
+    # Try out convolution algorithms: few shapes, run often. Each process may find another one the fastest, so
+    # scripts that make codes, pictures or published metrics don't; validation's figures here may move in
+    # their last digits.
     torch.backends.cudnn.benchmark = True
     accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
 
@@ -330,8 +332,9 @@ def main():
 
 @torch.no_grad()
 def evaluate(rt, tokenizer, pictures, args, grid_path):
-    """Mean PSNR per picture (dB, truncated uint8) and codebook use of the averaged weights over validation pictures,
-    shared out over ranks; the main process also writes the first eight, original above reconstruction."""
+    """Mean PSNR per picture (dB, truncated uint8) and codebook use of the averaged weights over validation
+    pictures, shared out over ranks; the main process also writes the first eight, original above
+    reconstruction."""
     count = min(args.eval_pictures, len(pictures))
     chosen = torch.linspace(0, len(pictures) - 1, count).long().tolist()  # spread over all classes
     batches = data.evaluation_batches(pictures, args.micro_batch, rt.rank, rt.world, args.workers, chosen)

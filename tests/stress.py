@@ -1,11 +1,12 @@
-"""Kill training runs again and again, and see whether they end as a run that nothing touched. Not run by pytest.
+"""Kill training runs again and again, and see whether they end as a run that nothing touched. Not run by
+pytest.
 
     python tests/stress.py --kills 20 --seed 0        # a quarter of an hour on 2 CPU cores
 
-Both training scripts run for as many steps as the kills need, alternately as one process and as two under torchrun.
-Each is ended at a random moment: by SIGTERM; by SIGKILL of everything, as when a host goes down; or, under torchrun,
-by SIGKILL of one rank. Then weights, averages, optimizers and the log are compared bit for bit with the run that was
-left alone on one process. Exit code 1 where anything differs.
+Both training scripts run for as many steps as the kills need, alternately as one process and as two under
+torchrun. Each is ended at a random moment: by SIGTERM; by SIGKILL of everything, as when a host goes down;
+or, under torchrun, by SIGKILL of one rank. Then weights, averages, optimizers and the log are compared bit
+for bit with the run that was left alone on one process. Exit code 1 where anything differs.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from scripts import assert_equal, log_lines, run, start
 
 from checkpoint import checkpoints, read_weights
 
-# Two micro-batches a step, or one on each of two processes. 48 pictures are evaluated: full batches on either.
+# Two micro-batches a step, or one on each of two processes. 48 pictures are evaluated: full batches on
+# either.
 SHARED = "--global-batch 8 --micro-batch 4 --save-every 3 --log-every 1 --eval-every 5 --eval-pictures 48 --lr 1e-3"
 TOKENIZER = (
     "--data glyphs:60:AB --size 24 --channels 32 --multipliers 1 1 --blocks 1 --precision fp32 --workers 1"
@@ -69,7 +71,8 @@ def steps_logged(folder):
 
 
 def torture(script, flags, folder, kills, seed, processes=(1, 2), steps=None):
-    """Run `script` whole and tortured; returns a dict of what happened: counts, and "equal" (True, or what differs)."""
+    """Run `script` whole and tortured; returns a dict of what happened: counts, and "equal" (True, or what
+    differs)."""
     rng = random.Random(seed)
     flags = [*flags, "--steps", steps or 10 + 4 * kills]
     whole, out = folder / "whole", folder / "killed"
@@ -117,7 +120,8 @@ def torture(script, flags, folder, kills, seed, processes=(1, 2), steps=None):
 
 
 def compare(whole, out):
-    """True, or the first thing that differs. BatchNorm's running means, which belong to a process, are left out."""
+    """True, or the first thing that differs. BatchNorm's running means, which belong to a process, are left
+    out."""
     try:
         states = []
         for path in (checkpoints(whole)[-1], checkpoints(out)[-1]):

@@ -114,8 +114,8 @@ def test_schedule_defaults_and_ends():
     ],
 )
 def test_clipping_in_the_step(device, size, scaled):
-    """Gradients of norms below and above 1, and not finite, with and without a GradScaler: as torch's own clipping;
-    nothing of it is saved."""
+    """Gradients of norms below and above 1, and not finite, with and without a GradScaler: as torch's own
+    clipping; nothing of it is saved."""
     weights, norms, states = [], [], []
     for in_step in (False, True):
         torch.manual_seed(0)
@@ -456,8 +456,8 @@ def test_draw_against_a_direct_search():
     expected = [numpy_draw(row, u.item(), 1.0, 0, 1.0) for row, u in zip(logits, uniforms)]
     assert ar_model.draw(logits, uniforms).tolist() == expected
     assert len(set(expected)) > 30
-    # Just below and just above the place where one entry ends, in a vocabulary of the post size: float32 would
-    # not tell them apart.
+    # Just below and just above the place where one entry ends, in a vocabulary of the post size: float32
+    # would not tell them apart.
     logits = torch.randn(100, 4096, generator=generator) * 0.1
     cumulative = np.exp(logits.double().numpy()).cumsum(1)
     for step, answer in ((-1e-12, 3000), (1e-12, 3001)):

@@ -1,4 +1,5 @@
-"""What --compile compiles, on the CPU: against golden files and the same modules uncompiled. Needs a C++ compiler."""
+"""What --compile compiles, on the CPU: against golden files and the same modules uncompiled. Needs a C++
+compiler."""
 
 import os
 import shutil

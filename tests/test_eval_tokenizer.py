@@ -48,7 +48,8 @@ def files(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As in the scripts' processes: with more, some convolutions add in another order, and a code may tip over."""
+    """As in the scripts' processes: with more, some convolutions add in another order, and a code may tip
+    over."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -87,8 +88,8 @@ def centre_crops(files):
 
 @torch.no_grad()
 def rebuilt(tokenizer, images):
-    """Float, clamped reconstructions and the indices. By threes, as the script is told below: in batches of other
-    sizes the last bit may differ, and with it the level that a value is truncated to."""
+    """Float, clamped reconstructions and the indices. By threes, as the script is told below: in batches of
+    other sizes the last bit may differ, and with it the level that a value is truncated to."""
     parts = [tokenizer(batch / 127.5 - 1)[:2] for batch in images.split(3)]
     return torch.cat([y for y, _ in parts]).clamp(-1, 1), torch.cat([indices for _, indices in parts])
 

@@ -1,4 +1,5 @@
-"""Every fault here is really caused: processes are killed, disks filled, files damaged. `stress.py` kills for longer."""
+"""Every fault here is really caused: processes are killed, disks filled, files damaged. `stress.py` kills for
+longer."""
 
 import importlib
 import multiprocessing
@@ -34,7 +35,8 @@ AR = AR.replace("--save-every 3", "--save-every 1").split()
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Scripts in processes of their own, which a server with torch already imported forks: a second instead of five.
+# Scripts in processes of their own, which a server with torch already imported forks: a second instead of
+# five.
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +383,8 @@ def test_a_full_disk_during_stage_two_and_encoding(script, run_folder, codes, tm
 
 
 def odd_pictures(folder):
-    """402 pictures of two classes: 4 that cannot be read, and 8 odd ones that can. Returns the names of the first."""
+    """402 pictures of two classes: 4 that cannot be read, and 8 odd ones that can. Returns the names of the
+    first."""
     rng = np.random.default_rng(0)
     for name in "ab":
         (folder / name).mkdir(parents=True)

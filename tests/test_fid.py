@@ -62,7 +62,8 @@ def test_golden_features(inception, golden):
 
 
 def sampled(image, size, shift):
-    """Bilinear samples of (C, H, W) at (i + shift) * extent / size - shift, one by one, clamped to the picture."""
+    """Bilinear samples of (C, H, W) at (i + shift) * extent / size - shift, one by one, clamped to the
+    picture."""
     _, height, width = image.shape
     out = np.empty((len(image), size, size))
     for i in range(size):
@@ -161,8 +162,8 @@ def test_frechet_of_commuting_gaussians():
 
 
 def test_frechet_is_exact_where_covariances_lack_rank():
-    """Of two rank-one covariances a a^T and b b^T: |a|^2 + |b|^2 - 2 |a.b|. Of the identity and b b^T: D + |b|^2 - 2 |b|.
-    With root eigenvalues taken of a D x D product the zero ones would add about 1e-8 each."""
+    """Of two rank-one covariances a a^T and b b^T: |a|^2 + |b|^2 - 2 |a.b|. Of the identity and b b^T: D +
+    |b|^2 - 2 |b|. With root eigenvalues taken of a D x D product the zero ones would add about 1e-8 each."""
     a, b = np.random.default_rng(0).standard_normal((2, 400))
     zero = np.zeros(400)
     ours = fid.frechet_distance(zero, np.outer(a, a), zero, np.outer(b, b))
@@ -241,7 +242,8 @@ def test_precision_recall_golden_in_small_blocks(golden, monkeypatch):
 
 @pytest.mark.parametrize("copies, others", [(1, 1), (2, 2), (6, 4), (4, 6)])
 def test_identical_sets(copies, others):
-    """With four copies of a point and more every radius is zero; rounding of the distances must not matter."""
+    """With four copies of a point and more every radius is zero; rounding of the distances must not
+    matter."""
     points = np.random.default_rng(0).standard_normal((50, 2048)).astype(np.float32)
     reference, generated = np.tile(points, (copies, 1)), np.tile(points, (others, 1))[::-1].copy()
     assert fid.precision_recall(reference, generated) == (1, 1)
@@ -497,7 +499,8 @@ def test_statistics_saved_by_three_processes(tmp_path, inception, weights, golde
 
 
 def test_adm_reference_against_an_npz_on_two_processes(tmp_path, inception, weights, golden, one_thread):
-    """Stored moments serve FID and sFID, though the pictures beside them have others; these serve precision, recall."""
+    """Stored moments serve FID and sFID, though the pictures beside them have others; these serve precision,
+    recall."""
     images, noisy = golden["images_uint8_nchw"], golden["noisy_uint8_nchw"]
     samples = torch.cat([noisy, images[:1].flip(3)])  # seven: the shares are uneven
     space = {"mu_s": np.full(2023, 0.2), "sigma_s": 4 * np.eye(2023)}
@@ -511,8 +514,8 @@ def test_adm_reference_against_an_npz_on_two_processes(tmp_path, inception, weig
     pool, spatial, logits = (values.double() for values in inception(samples))
 
     def distance_to(place, variance, points):
-        """From N(place, variance * identity): the root's trace is sqrt(variance) * sum of the samples' deviations
-        along their principal axes, of which there are fewer than samples."""
+        """From N(place, variance * identity): the root's trace is sqrt(variance) * sum of the samples'
+        deviations along their principal axes, of which there are fewer than samples."""
         centred = (points - points.mean(0)) / math.sqrt(len(points) - 1)
         deviations = torch.linalg.eigvalsh(centred @ centred.T)[1:].sqrt()  # the first is zero
         distance = (points.mean(0) - place).square().sum() + variance * points.shape[1]

@@ -1,4 +1,5 @@
-"""The fused kernels and graphs, on a GPU: against float64, golden files and the plain code. Skipped without a GPU."""
+"""The fused kernels and graphs, on a GPU: against float64, golden files and the plain code. Skipped without a
+GPU."""
 
 import dataclasses
 
@@ -29,7 +30,8 @@ def exact_float32():
 @pytest.mark.parametrize("batch, channels, side", [(2, 32, 5), (3, 128, 64), (8, 256, 33), (2, 512, 16)])
 @pytest.mark.parametrize("adaptive, activate", [(False, True), (True, False)])
 def test_norm_silu(batch, channels, side, adaptive, activate, dtype, tolerance):
-    """Value and every gradient, the residual's included, of inputs whose mean is ten times their deviation."""
+    """Value and every gradient, the residual's included, of inputs whose mean is ten times their
+    deviation."""
     import fused_norm
 
     torch.manual_seed(0)
@@ -58,7 +60,8 @@ def test_norm_silu(batch, channels, side, adaptive, activate, dtype, tolerance):
 @pytest.mark.parametrize("width", [64, 1280])
 @pytest.mark.parametrize("adds, dropout", [(False, 0.0), (True, 0.0), (True, 0.25)])
 def test_add_norm(width, adds, dropout, dtype, tolerance):
-    """Values and gradients. What dropout keeps is a function of the seed: a sum of zeros and ones shows it."""
+    """Values and gradients. What dropout keeps is a function of the seed: a sum of zeros and ones shows
+    it."""
     import fused_training
 
     def add_norm(x, added):
@@ -138,8 +141,8 @@ def test_gate():
 @pytest.mark.parametrize("deviation", [0.01, 0.1, 1.0])  # probabilities 0.5 and around to 0 and 1
 @pytest.mark.parametrize("tokens, bits", [(300, 1), (300, 2), (300, 7), (2048, 18), (100, 20)])
 def test_entropy_terms(tokens, bits, deviation):
-    """Both entropies and the gradient of each, z's rows not contiguous: against the plain code in float64. TF32 is
-    allowed, as in training, and must not be used."""
+    """Both entropies and the gradient of each, z's rows not contiguous: against the plain code in float64.
+    TF32 is allowed, as in training, and must not be used."""
     import fused_entropy
 
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -288,7 +291,8 @@ def test_graph_draws_what_the_plain_code_draws(options, monkeypatch):
 
 @torch.no_grad()
 def test_bfloat16_graph_keeps_the_distribution():
-    """The graph's bf16 logits against float32 teacher forcing over the tokens drawn: 2,048 of AR-B, guided."""
+    """The graph's bf16 logits against float32 teacher forcing over the tokens drawn: 2,048 of AR-B,
+    guided."""
     import fused_sampling
 
     images, scales = 8, (1.9, 2.0)

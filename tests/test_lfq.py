@@ -64,7 +64,8 @@ def test_entropy_equals_the_dense_softmax(bits):
 
 
 def test_entropy_memory_is_not_tokens_times_codes():
-    """Largest tensor made, forward and backward, at 2^18 codes: far below N * 2^18 and growing by N * 2^10 only."""
+    """Largest tensor made, forward and backward, at 2^18 codes: far below N * 2^18 and growing by N * 2^10
+    only."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -88,7 +89,8 @@ def test_entropy_memory_is_not_tokens_times_codes():
 
 
 def _half_of_the_tokens(rank, z, theirs):
-    """Each rank's gradient, averaged as in training, is the gradient of one process with both ranks' tokens."""
+    """Each rank's gradient, averaged as in training, is the gradient of one process with both ranks'
+    tokens."""
     mine = z[rank * 8 : rank * 8 + 8].clone().requires_grad_()
     sample, codebook = lfq.entropy_terms(mine, global_batch=True)
     assert codebook.item() == pytest.approx(theirs["codebook"].item(), rel=1e-12)

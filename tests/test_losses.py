@@ -36,7 +36,8 @@ def test_lpips_stays_frozen_and_in_eval_mode():
 
 
 def test_golden_objective():
-    """Three steps of both losses on one pair, as they were published: every term, the gradient, BatchNorm, LeCAM."""
+    """Three steps of both losses on one pair, as they were published: every term, the gradient, BatchNorm,
+    LeCAM."""
     golden = load("losses")
     lpips, discriminator, lecam = lpips_filled(), discriminator_filled(), LeCAM()
     x = golden["image"]

@@ -1,4 +1,5 @@
-"""Passes and gradients: exchanged ones against one process's, and, on a GPU, graphs against the plain passes."""
+"""Passes and gradients: exchanged ones against one process's, and, on a GPU, graphs against the plain
+passes."""
 
 import os
 import subprocess

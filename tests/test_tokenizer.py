@@ -49,8 +49,8 @@ def test_sizes_and_entries(size, encoder, decoder):
 
 
 def released_file(path, size, change=None, container=True, **extra):
-    """A file with a released file's entries: every tensor constant (and so small on disk), encoder and decoder 1,
-    their moving average 2, all else 3."""
+    """A file with a released file's entries: every tensor constant (and so small on disk), encoder and
+    decoder 1, their moving average 2, all else 3."""
     entries = {}
     for name, (shape, dtype) in checkpoint_keys(f"imagenet_{size}.ckpt").items():
         value = 1 if name.startswith(("encoder.", "decoder.")) else 2 if name.startswith("model_ema.") else 3

@@ -97,10 +97,11 @@ def sharded(flags, tmp_path_factory):
 
 
 def assert_close(ours, theirs, path=""):
-    """The same names, numbers, shapes and types; tensors within 1e-5 of their norm, Adam's squares by their root.
+    """The same names, numbers, shapes and types; tensors within 1e-5 of their norm, Adam's squares by their
+    root.
 
-    All gradients are scaled by one norm, of 100,000 entries, and torch's own float32 norm is off by some 4e-6 there,
-    differently so over the halves of two processes; squares have twice that.
+    All gradients are scaled by one norm, of 100,000 entries, and torch's own float32 norm is off by some 4e-6
+    there, differently so over the halves of two processes; squares have twice that.
     """
     assert type(ours) is type(theirs), path
     if isinstance(theirs, torch.Tensor):
