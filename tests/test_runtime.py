@@ -84,3 +84,34 @@ def test_a_process_that_never_comes_is_named_in_one_line():
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "not all of the 2 processes answered within 3 s" in done.stderr
     assert "localhost, port 0" in done.stderr and "GLOO_SOCKET_IFNAME" in done.stderr
+
+
+SPENT = """
+import sys
+sys.path.insert(0, {root!r})
+import torch, runtime
+
+def main():
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    finally:
+        {then}
+
+runtime.run_script(main)
+"""
+
+
+@pytest.mark.parametrize("then", ["pass", "raise RuntimeError('the recording of a graph failed')"])
+def test_spent_memory_ends_in_one_line(tmp_path, then):
+    """Also where it makes something else fail on the way out, as it does while a CUDA graph is recorded."""
+    (tmp_path / "train_it.py").write_text(SPENT.format(root=str(ROOT), then=then))
+    done = subprocess.run(
+        command(tmp_path / "train_it.py"),
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+    )
+    line = "train_it.py: out of memory on the device, give a smaller --micro-batch: CUDA out of memory."
+    assert (done.returncode, done.stderr.strip()) == (2, f"{line} Tried to allocate 2 GiB")
