@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 
+import pytest
 import torch
 from scripts import ROOT, command, environment, run
 
