@@ -24,7 +24,7 @@ from torch import nn
 
 from checkpoint import locate, match, read_weights
 from lfq import merge_indices
-from runtime import UserError
+from runtime import UserError, to_device
 from tokenizer import TokenizerConfig, entries_of, tokenizer_from_entries
 
 fused_sampling = fused_training = None
@@ -314,11 +314,8 @@ class ARTransformer(nn.Module):
         device = self.norm.weight.device
         guide = any(scale != 1 for scale in cfg_scale)
         options = list(zip(cfg_scale if guide else (None, None), temperature, top_k, top_p, strict=True))
-        uniforms = image_uniforms(seeds, self.config.grid**2)
-        if device.type != "cpu":
-            # Else the copy would wait for all that the device still has to do.
-            uniforms = uniforms.pin_memory()
-        uniforms, labels = (values.to(device, non_blocking=True) for values in (uniforms, class_labels))
+        uniforms = to_device(image_uniforms(seeds, self.config.grid**2), device)
+        labels = class_labels.to(device, non_blocking=True)
         if guide:  # both branches run as one batch: the images' classes, then as many null classes
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
         if fused_sampling and fused_sampling.usable(self):

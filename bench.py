@@ -180,8 +180,9 @@ def tokenizer_step(bench, batch, compiled):
         for m in (tokenizer, discriminator)
     ]
     images = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8, device=device)
-    gradients = [Gradients(runtime.Runtime(device), m.parameters()) for m in (tokenizer, discriminator)]
-    graphs = Graphs(compiled)
+    rt = runtime.Runtime(device)
+    gradients = [Gradients(rt, m.parameters()) for m in (tokenizer, discriminator)]
+    graphs = Graphs(rt, compiled)
 
     def generator_pass(images):
         x = data.to_float(images)
@@ -238,8 +239,8 @@ def transformer_step(bench, name, batch, compiled, grid=16):
         loss_terms = torch.compile(cross_entropies, dynamic=False)
     codes = torch.randint(2**18, (batch, grid**2), device=bench.device)
     labels = torch.randint(1000, (batch,), device=bench.device)
-
-    gradients, graphs = Gradients(runtime.Runtime(bench.device), model.parameters()), Graphs(compiled)
+    rt = runtime.Runtime(bench.device)
+    gradients, graphs = Gradients(rt, model.parameters()), Graphs(rt, compiled)
 
     def run_pass(codes, labels):
         sub_indices = split_indices(codes)

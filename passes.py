@@ -1,11 +1,13 @@
 """What both stages' training steps are made of: passes forward and backward, and the gradients they add up.
 
-gradients = Gradients(rt, model.parameters())
-graphs = Graphs(enabled)
-for i in range(accumulation):  # a step
-    terms = graphs.run(work, gradients, i == 0, *tensors)  # work(*tensors): forward and backward
-gradients.exchange()  # between processes, once
-optimizer.step()
+    gradients = Gradients(rt, model.parameters())
+    graphs = Graphs(rt, enabled)
+    for i in range(accumulation):  # a step
+        terms = graphs.run(work, gradients, i == 0, *tensors)  # work(*tensors): forward and backward
+    gradients.exchange()  # between processes, once
+    optimizer.step()
+
+A step of several processes is the step of one that runs all their micro-batches.
 """
 
 import collections
@@ -60,24 +62,25 @@ class Graphs:
 
     WARM_UP = 3  # steps that run as they are: kernels are compiled and convolution algorithms chosen
 
-    def __init__(self, enabled):
-        self.enabled, self.steps = enabled, collections.Counter()
+    def __init__(self, rt, enabled):
+        self.enabled = enabled and rt.device.type == "cuda"
+        self.steps = collections.Counter()  # begun, by (work, gradients)
         self.forget()
 
     def forget(self):
-        """Drop the graphs, and the memory that their passes work in, until the next step: others may need it.
-        (Clear the gradients too, which lie in the same memory.)"""
+        """Drop the graphs and the gradients, and so the memory that passes work in, until the next step: others
+        may need it."""
         self.kept = {}
+        for _, gradients in self.steps:
+            gradients.clear()
         self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
 
     def run(self, work, gradients, first, *tensors):
         """work(*tensors), run or replayed; the tensors returned are the caller's. first: it is the first pass
         of its kind in this step, and `gradients` are cleared for it."""
-        self.steps[work] += first
-        if not self.enabled or self.steps[work] <= self.WARM_UP:
-            if first:
-                gradients.clear()
-            return work(*tensors)
+        self.steps[work, gradients] += first
+        if not self.enabled or self.steps[work, gradients] <= self.WARM_UP:
+            return self._run(work, gradients, first, tensors)
         if (work, first) not in self.kept:
             self.kept[work, first] = self._record(work, gradients, first, tensors)
         graph, inputs, outputs = self.kept[work, first]
@@ -86,15 +89,18 @@ class Graphs:
         graph.replay()
         return {name: value.clone() for name, value in outputs.items()}
 
+    def _run(self, work, gradients, first, tensors):
+        if first:
+            gradients.clear()
+        return work(*tensors)
+
     def _record(self, work, gradients, first, tensors):
         inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
         if first:
-            gradients.clear()  # now, so that their memory is free for the graph
+            gradients.clear()  # now already, so that their memory is free for the graph
         # All share one pool of memory: they are replayed in the order in which they are recorded.
         # "thread_local": other threads (the loader's, NCCL's) may meanwhile call what would spoil a recording
         # of their own.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            if first:
-                gradients.clear()
-            outputs = work(*inputs)
+            outputs = self._run(work, gradients, first, inputs)
         return graph, inputs, outputs

@@ -98,12 +98,6 @@ class Runtime:
             dist.all_gather_object(things, thing, group=self.control)
         return things
 
-    def to_device(self, tensor):
-        """A CPU tensor's copy on the device, without waiting for what the device still has to do."""
-        if self.device.type != "cpu":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
-
     def barrier(self):
         if self.world > 1:
             dist.barrier(group=self.control)
@@ -152,9 +146,9 @@ def start():
 def _fresh_store(rank, world):
     """The store through which this launch's ranks find one another.
 
-    torchrun keeps one store over all its restarts, and restarted ranks would find in it the addresses of those before
-    them, and fail or wait for them. So rank 0 offers a prefix that was never used, the others answer with a
-    name of their own, and an offer whose list of answers lacks that name is an old one.
+    torchrun keeps one store over all its restarts, and restarted ranks would find in it the addresses of
+    those before them, and fail or wait for them. So rank 0 offers a prefix that was never used, the others
+    answer with a name of their own, and an offer whose list of answers lacks that name is an old one.
     """
     store = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))[0]
     mine = uuid.uuid4().hex
@@ -172,6 +166,13 @@ def _fresh_store(rank, world):
                 return dist.PrefixStore(offer, store)
             time.sleep(0.02)
     raise UserError(f"rank {rank} found no others within {TIMEOUT}; see to the other processes and run again")
+
+
+def to_device(tensor, device):
+    """A CPU tensor on `device`, copied without waiting for what the device still has to do."""
+    if device.type != "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def autocast(device, precision):

@@ -228,7 +228,7 @@ def main():
     # Passes, forward and backward. Graphs go with compiled blocks; sharded ones talk to other processes in
     # every pass.
     gradients = Gradients(rt, model.parameters(), args.shard)
-    graphs = Graphs(compiled and plain_blocks and rt.device.type == "cuda")
+    graphs = Graphs(rt, compiled and plain_blocks)
     share = accumulation * (1 if args.shard else rt.world)  # the micro-batches whose losses a step adds up
 
     def run_pass(indices, labels):
@@ -268,7 +268,7 @@ def main():
         for i in range(accumulation):
             number = rt.rank * accumulation + i  # of this micro-batch within the global batch
             entries = order.at(step * args.global_batch + number * args.micro_batch, args.micro_batch)
-            indices, labels = (rt.to_device(part) for part in codes.batch(entries, args.seed))
+            indices, labels = (runtime.to_device(part, rt.device) for part in codes.batch(entries, args.seed))
             runtime.seed_everything(args.seed, step, number)  # class dropout and dropout
             found = graphs.run(run_pass, gradients, i == 0, indices, labels)
             terms.append(torch.stack([found["pre"], found["post"]]))
@@ -300,7 +300,6 @@ def main():
             )
         if done % args.eval_every == 0 or done == total:
             graphs.forget()
-            gradients.clear()
             if val_codes:
                 pre, post = validation_losses(rt, model, val_codes, parts, args)
                 log.note(done, val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)

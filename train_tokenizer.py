@@ -214,7 +214,7 @@ def main():
 
     # Passes, forward and backward. The global entropy talks to other processes in them, which no graph may.
     gradients = {name: Gradients(rt, module.parameters()) for name, module in trained.items()}
-    graphs = Graphs(compiled and rt.device.type == "cuda" and not (args.global_entropy and rt.world > 1))
+    graphs = Graphs(rt, compiled and not (args.global_entropy and rt.world > 1))
     share = accumulation * rt.world  # the micro-batches whose losses a step adds up
 
     def generator_pass(images):
@@ -311,8 +311,6 @@ def main():
             log.line(done, **{name: value.item() for name, value in means.items()}, lr=lr)
         if done % args.eval_every == 0 or done == total:
             graphs.forget()
-            for each in gradients.values():
-                each.clear()
             found = evaluate(
                 rt, average["tokenizer"], val_pictures, args, out / "samples" / f"step_{done:08d}.png"
             )

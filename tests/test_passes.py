@@ -71,13 +71,35 @@ def test_one_process_keeps_no_buffer():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_passes_without_a_gpu():
+    """They add up from the first on; forgetting the graphs, of which there are none, lets go of the gradients."""
+    rt, model = Runtime(torch.device("cpu")), network()
+    gradients, graphs = Gradients(rt, model.parameters()), Graphs(rt, True)
+
+    def work(pictures):
+        loss = model(pictures).square().mean() / 2
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    for pictures in torch.randn(5, 8, 3, 8, 8):  # steps
+        for i, part in enumerate(pictures.chunk(2)):
+            graphs.run(work, gradients, i == 0, part)
+    assert graphs.kept == {}
+    found = [p.grad for p in model.parameters()]
+    graphs.forget()
+    assert all(p.grad is None for p in model.parameters())
+    model(pictures).square().mean().backward()
+    for gradient, parameter in zip(found, model.parameters(), strict=True):
+        assert relative(gradient, parameter.grad) < 1e-6
+
+
 def trained(enabled, world, half, steps=8):
     """The losses of some steps of two micro-batches with dropout, the weights, and the graphs."""
     torch.manual_seed(0)
     model = ARTransformer(ARConfig(64, 4, 3, 2, (6, 12), grid=4, num_classes=10)).cuda().train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    gradients = Gradients(Runtime(torch.device("cuda"), world=world), model.parameters())
-    graphs = Graphs(enabled)
+    rt = Runtime(torch.device("cuda"), world=world)
+    gradients, graphs = Gradients(rt, model.parameters()), Graphs(rt, enabled)
     # Its scale changes every other step.
     scaler = torch.amp.GradScaler("cuda", growth_interval=2, enabled=half)
     data = torch.Generator("cuda").manual_seed(1)
