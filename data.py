@@ -467,7 +467,7 @@ def _stack_readable(samples):
 #   manifest.json  what the codes are of, and whether all are there
 #   tokenizer.pt   the tokenizer that made them (encode.py writes it)
 
-UNREADABLE, TODO = -1, -2
+UNREADABLE, PENDING = -1, -2
 FORMAT, VERSION = "nanoMAGVIT2 codes", 1
 
 
@@ -534,7 +534,7 @@ class CodeWriter:
             )
         with open(self.folder / "codes.bin", "wb") as file:
             file.truncate(4 * int(np.prod(_codes_shape(self.manifest))))
-        np.full(self.manifest["count"], TODO, np.int32).tofile(self.folder / "labels.bin")
+        np.full(self.manifest["count"], PENDING, np.int32).tofile(self.folder / "labels.bin")
         write_json(self.folder / "manifest.json", self.manifest)  # last: with it, the other two are whole
 
     @property
@@ -573,7 +573,7 @@ class CodeWriter:
 
     def finish(self):
         """Mark the cache complete. On one rank, after all have written theirs."""
-        if (self.labels() == TODO).any():
+        if (self.labels() == PENDING).any():
             raise UserError(f"{self.folder} is not finished; run encode.py again to go on")
         with open(self.folder / "labels.bin", "r+b") as file:
             os.fsync(file.fileno())

@@ -535,7 +535,7 @@ def test_a_label_is_set_only_after_its_codes(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", no_space)  # the codes do not reach the disk
     with pytest.raises(OSError):
         fill_rows(writer, [1])
-    assert (writer.labels() == data.TODO).all()
+    assert (writer.labels() == data.PENDING).all()
 
 
 @pytest.mark.parametrize(
