@@ -510,10 +510,11 @@ def learning_rate(
 ):
     """Learning rate of an iteration, counted from 0.
 
-    A linear warm-up from warmup_start * peak over `warmup_epochs`; then, over the iterations that remain, the
-    peak for their first `flat` share, and a straight line to floor * peak, reached at the last iteration.
+    A linear warm-up from warmup_start * peak over `warmup_epochs`, rounded to whole iterations; then, over
+    the iterations that remain, the peak for their first `flat` share, and a straight line to floor * peak,
+    reached at the last iteration.
     """
-    warmup, last = warmup_epochs * iterations_an_epoch, epochs * iterations_an_epoch - 1
+    warmup, last = round(warmup_epochs * iterations_an_epoch), epochs * iterations_an_epoch - 1
     if iteration < warmup:
         return peak * (warmup_start + (1 - warmup_start) * iteration / warmup)
     done = (iteration - warmup) / max(last - warmup, 1)
@@ -556,8 +557,10 @@ def load_ar(path_or_name, config=None):
         for name, value in entries_of(content, path).items():
             if name.startswith("first_stage_model."):
                 tokenizer_entries[name.removeprefix("first_stage_model.")] = value
+            elif (short := name.removeprefix("transformer.")) in entries:
+                raise UserError(f"{path} holds entry {short} twice, with and without transformer. before it")
             else:
-                entries[name.removeprefix("transformer.")] = value
+                entries[short] = value
         config = config or _config_by_width(entries, path)
     with torch.device("meta"):  # no memory and no time for an initialisation that is replaced
         model = ARTransformer(config)

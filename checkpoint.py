@@ -284,6 +284,16 @@ def restore(module, state, name, path):
     module.load_state_dict(state[name])
 
 
+def restore_optimizer(optimizer, state):
+    """Load an optimizer's state. What it keeps of a parameter comes to lie in memory as the parameter does:
+    fused optimizers take that for granted, and a checkpoint may be of another device, with another layout."""
+    optimizer.load_state_dict(state)
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter).copy_(value)
+
+
 def changed_settings(old, new, may_change):
     """What differs between a checkpoint's settings and the present ones, as a line; "" where nothing that
     matters."""

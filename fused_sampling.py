@@ -306,7 +306,9 @@ _kept = weakref.WeakKeyDictionary()
 
 def decoder_for(model, images, guide, options, dtype):
     """The model's Decoder for these settings; the last one made is kept."""
-    key = (images, guide, tuple(options), dtype, model.norm.weight.device)
+    # Where the weights lie, too: a graph reads some of them there.
+    places = tuple(parameter.data_ptr() for parameter in model.parameters())
+    key = (images, guide, tuple(options), dtype, places)
     if model not in _kept or _kept[model][0] != key:
         forget(model)  # the old one's memory goes before the new one's comes
         _kept[model] = (key, Decoder(model, images, guide, options, dtype))

@@ -178,10 +178,10 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         widths, blocks = config.widths, config.blocks_per_level
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        incoming = [config.channels, *widths[:-1]]  # width that enters level i, coming from level i - 1
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1, bias=False)
         self.down = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], widths[i], blocks, downsample=i < len(widths) - 1)
-            for i in range(len(widths))
+            Level(incoming[i], widths[i], blocks, downsample=i < len(widths) - 1) for i in range(len(widths))
         )
         self.mid_block = res_blocks(widths[-1], widths[-1], blocks)
         self.norm_out = group_norm(widths[-1])
@@ -281,16 +281,21 @@ def load_tokenizer(path_or_name, ema=True):
     """
     path = locate(path_or_name, RELEASED_TOKENIZERS)
     content = read_weights(path)
-    if isinstance(content, dict) and content.get("kind") == "tokenizer":  # this project's own
-        state = content.get("tokenizer_ema", content["tokenizer"]) if ema else content["tokenizer"]
-        return tokenizer_from_entries(state, path, TokenizerConfig(**content["config"]))
-    if isinstance(content, dict) and content.get("kind") == "ar":  # carries the tokenizer it was trained with
-        if content.get("tokenizer") is None:
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind not in ("tokenizer", "ar"):
+        return tokenizer_from_entries(_weights_of(entries_of(content, path), path, ema), path)
+    try:  # this project's own
+        if kind == "tokenizer":
+            state = content.get("tokenizer_ema", content["tokenizer"]) if ema else content["tokenizer"]
+        elif content["tokenizer"] is None:
             raise UserError(f"{path} is a transformer file that carries no tokenizer")
-        return tokenizer_from_entries(
-            content["tokenizer"]["state"], path, TokenizerConfig(**content["tokenizer"]["config"])
-        )
-    return tokenizer_from_entries(_weights_of(entries_of(content, path), path, ema), path)
+        else:  # the tokenizer it was trained with
+            content = content["tokenizer"]
+            state = content["state"]
+        config = TokenizerConfig(**content["config"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no whole file of this project: {error}") from None
+    return tokenizer_from_entries(state, path, config)
 
 
 def entries_of(content, source):
@@ -363,6 +368,10 @@ def _config_of(entries, source):
     def shape(name):
         if not isinstance(entries.get(name), torch.Tensor):
             raise UserError(f"{source} holds no tokenizer: entry {name} is missing")
+        if entries[name].ndim != 4 or entries[name].numel() == 0:
+            raise UserError(
+                f"{source} holds no tokenizer: entry {name} has shape {tuple(entries[name].shape)}"
+            )
         return entries[name].shape
 
     def count(prefix):  # one more than the largest number behind the prefix

@@ -172,7 +172,7 @@ def main():
     model = ARTransformer(config)
     epoch_steps = math.ceil(len(codes) / args.global_batch)
     total = args.steps or args.epochs * epoch_steps
-    warmup = round(args.warmup_epochs * epoch_steps)
+    warmup = args.warmup_epochs * epoch_steps  # in steps
 
     # Resume
     settings = vars(args) | {"pictures": len(codes), "total_steps": total}

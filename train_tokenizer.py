@@ -21,7 +21,7 @@ from torch import nn
 import data
 import losses
 import runtime
-from checkpoint import changed_settings, load_latest, restore, save_checkpoint
+from checkpoint import changed_settings, load_latest, restore, restore_optimizer, save_checkpoint
 from fid import psnr
 from passes import Gradients, Graphs
 from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig
@@ -161,13 +161,16 @@ def main():
         )
     lpips = discriminator = None
     if args.lpips != "none":
-        lpips = losses.load_lpips("vgg", None if args.lpips == "published" else args.lpips).to(rt.device)
+        lpips = losses.load_lpips("vgg", None if args.lpips == "published" else args.lpips)
+        lpips.to(rt.device, memory_format=rt.layout)
     if args.gan_weight:
         discriminator = losses.PatchDiscriminator().to(rt.device)
     trained = nn.ModuleDict({"tokenizer": tokenizer})
     if discriminator is not None:
         trained["discriminator"] = discriminator
     rt.share_parameters(trained)
+    # Before averages and optimizers are made: what is read beside a weight has to lie in memory as it does.
+    trained.to(memory_format=rt.layout)
     average = copy.deepcopy(trained).eval().requires_grad_(False)
     lecam = losses.LeCAM().to(rt.device)
     fused = rt.device.type == "cuda"
@@ -193,7 +196,7 @@ def main():
         for name, module in trained.items():
             restore(module, state, name, path)
             restore(average[name], state, f"{name}_ema", path)
-            optimizers[name].load_state_dict(state[f"optimizer_{name}"])
+            restore_optimizer(optimizers[name], state[f"optimizer_{name}"])
         lecam.load_state_dict(state["lecam"])
         scaler.load_state_dict(state["scaler"]) if scaler.is_enabled() else None
         first = state["step"]
@@ -205,8 +208,6 @@ def main():
     )
     del state
 
-    for module in (tokenizer, discriminator, lpips):
-        module.to(memory_format=rt.layout) if module is not None else None
     compiled = runtime.should_compile(rt, args.compile, total)
     if compiled:
         tokenizer.decoder.compile_upsamplers()

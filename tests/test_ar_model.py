@@ -96,6 +96,12 @@ def test_golden_schedule():
         assert ours == pytest.approx(expected, rel=0, abs=1e-9)
 
 
+@pytest.mark.parametrize("iteration", range(21))
+def test_a_warmup_is_whole_iterations(iteration):
+    ours = ar_model.learning_rate(iteration, 1.0, 7, 3, 0.6)  # 4.2 of them
+    assert ours == pytest.approx(ar_model.learning_rate(iteration, 1.0, 1, 21, 4), rel=1e-12)
+
+
 def test_schedule_defaults_and_ends():
     assert ar_model.learning_rate(0, 1.0, 10, 20, 2) == 0.005
     assert ar_model.learning_rate(20, 1.0, 10, 20, 2) == 1.0
@@ -594,6 +600,10 @@ NAME = "transformer.spatial_blocks.3.feed_forward.w2.weight"
         (lambda e: e.update({"transformer.extra": torch.ones(3)}), ["entry extra is unexpected"]),
         (lambda e: e.update({"loss.x": torch.ones(3)}), ["entry loss.x is unexpected"]),
         (lambda e: e.update({NAME: 3}), ["w2.weight is not a tensor"]),
+        (
+            lambda e: e.update({NAME.removeprefix("transformer."): torch.ones(1024, 2816)}),
+            ["w2.weight twice"],
+        ),
         (
             lambda e: e.pop("transformer.class_emb.embedding_table.weight"),
             ["class_emb.embedding_table.weight"],

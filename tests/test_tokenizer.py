@@ -168,6 +168,49 @@ def test_own_file_round_trip(tmp_path):
     assert all(torch.equal(raw[name], value) for name, value in model.state_dict().items())
 
 
+def test_the_first_level_may_be_wider_than_the_first_convolution(tmp_path):
+    """Of a size with multipliers from 2 on; and its bare state dict spells it out."""
+    config = tk.TokenizerConfig(32, (2, 4), 1)
+    model = tk.Tokenizer(config).eval()
+    shapes = {name: tuple(value.shape) for name, value in model.encoder.state_dict().items()}
+    assert shapes["conv_in.weight"] == (32, 3, 3, 3)
+    assert shapes["down.0.block.0.norm1.weight"] == (32,)
+    assert shapes["down.0.block.0.conv1.weight"] == (64, 32, 3, 3)
+    assert shapes["down.0.block.0.nin_shortcut.weight"] == (64, 32, 1, 1)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    loaded = tk.load_tokenizer(tmp_path / "bare.pt")
+    assert loaded.config == config
+    images = torch.rand(1, 3, 8, 8)
+    assert torch.equal(loaded(images)[0], model(images)[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("config"),
+        lambda c: c.update(config=None),
+        lambda c: c["config"].update(strange=1),
+        lambda c: c.pop("tokenizer"),
+        lambda c: c.update(kind="ar", tokenizer={"state": {}}),
+    ],
+)
+def test_own_file_that_is_not_whole(tmp_path, change):
+    model = tk.Tokenizer(SIZES["tiny8"])
+    content = {"kind": "tokenizer", "config": asdict(model.config), "tokenizer": model.state_dict()}
+    change(content)
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt is no whole file"):
+        tk.load_tokenizer(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.ones(0, 3, 3, 3)])
+def test_a_size_that_shapes_do_not_spell_out(tmp_path, value):
+    state = tk.Tokenizer(SIZES["tiny8"]).state_dict()
+    torch.save(state | {"encoder.conv_in.weight": value}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt holds no tokenizer: entry encoder.conv_in.weight has shape"):
+        tk.load_tokenizer(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut short"])
 def test_torn_and_alien_files(tmp_path, content):
     (tmp_path / "x.ckpt").write_bytes(content)

@@ -1,3 +1,4 @@
+import copy
 import os
 import signal
 
@@ -6,7 +7,7 @@ import torch
 from golden_files import fill
 from scripts import assert_equal, fails_with_one_line, log_lines, run, start, wait_for
 
-from checkpoint import read_weights
+from checkpoint import read_weights, restore_optimizer
 from losses import LPIPS
 from tokenizer import load_tokenizer
 
@@ -22,6 +23,30 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     run("train_tokenizer.py", *TINY, "--out", out)
     return out
+
+
+def test_a_restored_optimizer_lies_in_memory_as_its_parameters():
+    """Moments in one layout, of a CPU, go on beside weights in another, of a GPU."""
+
+    def parts(layout):
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        return model, torch.optim.Adam(model.parameters(), 0.1, fused=True)
+
+    def step(model, optimizer, seed):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+
+    model, optimizer = parts(torch.contiguous_format)
+    other, other_optimizer = parts(torch.channels_last)
+    step(model, optimizer, 1)
+    other.load_state_dict(model.state_dict())
+    restore_optimizer(other_optimizer, copy.deepcopy(optimizer.state_dict()))
+    step(model, optimizer, 2)
+    step(other, other_optimizer, 2)
+    assert torch.allclose(model.weight, other.weight, rtol=1e-5, atol=1e-6)
 
 
 def final(out):
