@@ -3,7 +3,7 @@
     python bench.py                          # everything, some ten minutes on an H200
     python bench.py --only entropy,sample    # some of it; see ROWS at the end
 
-Each row is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do not
+Each row but the loader's is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do not
 change the time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share` is
 the work's arithmetic (training, decoding) or its least traffic (sampling: weights and filled cache once a
 token) over the time, against this GPU's own rate, measured at the start: a large bf16 matrix product, a large
@@ -51,7 +51,12 @@ STEP_256_L = 3 * (ENCODER + DECODER) + 3 * VGG + (2 + 6) * DISCRIMINATOR
 def main():
     arguments = runtime.parser("Speed and memory on one GPU.", "  python bench.py --only entropy,sample")
     arguments.add_argument("--only", help=f"comma-separated: {','.join(ROWS)}")
-    arguments.add_argument("--repeats", type=int, default=20, help="timed runs a row")
+    arguments.add_argument(
+        "--repeats",
+        type=runtime.at_least(1),
+        default=20,
+        help="timed runs of the ceilings and the decoder; others have their own",
+    )
     args = arguments.parse_args()
     chosen = args.only.split(",") if args.only else list(ROWS)
     if unknown := [name for name in chosen if name not in ROWS]:

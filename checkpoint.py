@@ -248,8 +248,9 @@ def load_latest(rt, folder, kind):
     """(path, state) of the newest intact checkpoint of `kind` in a run folder, or (None, None) for a fresh
     start.
 
-    A torn or foreign file is passed over for the older one, with a warning. All ranks read the file that the
-    main process chose, so the folder must be on a file system that every host sees.
+    A torn or foreign file is passed over for the older one, with a warning; a whole one of the other stage is
+    an error, as the run would push it out. All ranks read the file that the main process chose, so the folder
+    must be on a file system that every host sees.
     """
     chosen, state = None, None
     if rt.main:
@@ -263,6 +264,8 @@ def load_latest(rt, folder, kind):
             if isinstance(state, dict) and state.get("kind") == kind:
                 chosen = path
                 break
+            if isinstance(state, dict) and state.get("kind") in ("tokenizer", "ar"):
+                raise UserError(f"{path} is a checkpoint of the other stage; give another --out")
             reason = "is torn or damaged" if state is None else f"is no {kind} checkpoint"
             rt.say(f"warning: {path} {reason}; passing it over")
     chosen = rt.share(chosen)
@@ -297,9 +300,12 @@ def restore_optimizer(optimizer, state):
 def changed_settings(old, new, may_change):
     """What differs between a checkpoint's settings and the present ones, as a line; "" where nothing that
     matters."""
-    # A flag younger than the checkpoint was off in it.
-    return ", ".join(
-        f"--{name.replace('_', '-')} was {old.get(name, False)}, is {value}"
-        for name, value in new.items()
-        if name not in may_change and old.get(name, False) != value
-    )
+    found = []
+    for name, value in new.items():
+        before = old.get(name, False)  # a flag younger than the checkpoint was off in it
+        if name not in may_change and before != value:
+            flag = (
+                "" if name in ("pictures", "total_steps", "tokenizer_hash") else "--"
+            )  # these follow from flags
+            found.append(f"{flag}{name.replace('_', '-' if flag else ' ')} was {before}, is {value}")
+    return ", ".join(found)

@@ -14,12 +14,19 @@ import sys
 import time
 from pathlib import Path
 
+import runtime
+
 HERE = Path(__file__).parent
 GLYPHS = "glyphs:{}:ACEHT"
 
 
 def main():
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+    arguments = runtime.parser(
+        "The whole street on built-in pictures, in minutes on a CPU.",
+        "  python demo.py\n  python demo.py runs/mine",
+    )
+    arguments.add_argument("folder", nargs="?", type=Path, default="runs/demo", help="for all that it makes")
+    folder = arguments.parse_args().folder
     train, val = GLYPHS.format(10000), GLYPHS.format(400)
     tokenizer, codes, ar, samples = (folder / name for name in ("tokenizer", "codes", "ar", "samples.png"))
     street = {
@@ -58,4 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run_script(main)

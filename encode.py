@@ -39,21 +39,26 @@ def parse(argv=None):
         help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in",
     )
     add("--unlabelled", action="store_true", help="take --data's pictures at any depth, all of one class")
-    add("--size", type=int, default=256, help="side of the crops, pixels")
+    add("--size", type=runtime.at_least(1), default=256, help="side of the crops, pixels")
     add(
         "--crops",
-        type=int,
+        type=runtime.at_least(0),
         default=0,
         help="random crops a picture (a square one has but one); 0: the centre crop only",
     )
-    add("--seed", type=int, default=0, help="of the random crops; glyphs: another seed, other pictures")
-    add("--workers", type=int, default=2, help="loader processes per device")
+    add(
+        "--seed",
+        type=runtime.at_least(0),
+        default=0,
+        help="of the random crops; glyphs: another seed, other pictures",
+    )
+    add("--workers", type=runtime.at_least(0), default=2, help="loader processes per device")
     add = arguments.add_argument_group("encoding").add_argument
     add(
         "--tokenizer", required=True, help="released name (256_L, 128_L), a tokenizer file, or a run's folder"
     )
     add("--raw", action="store_true", help="the training weights instead of their moving average (EMA)")
-    add("--batch", type=int, default=64, help="crops a device at once")
+    add("--batch", type=runtime.at_least(1), default=64, help="crops a device at once")
     # A code is the sign of a latent, and rounding turns some: another token, not a slightly different one.
     add("--precision", default="fp32", help="fp32; or bf16, fp16: faster, and some codes differ")
     add = arguments.add_argument_group("output").add_argument
@@ -94,8 +99,6 @@ def main():
     args = parse()
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
-    if args.batch < 1 or args.crops < 0:
-        raise runtime.UserError("--batch must be at least 1, and --crops not negative")
     glyphs = args.data.split(":")[0] == "glyphs"
     if glyphs and args.crops:
         raise runtime.UserError("glyphs are drawn to size, there is nothing to crop: leave --crops out")

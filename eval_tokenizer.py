@@ -38,7 +38,7 @@ def parse(argv=None):
     add("--data", default="glyphs:5000", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
     add(
         "--size",
-        type=int,
+        type=runtime.at_least(1),
         default=256,
         help="side of the centre crops, pixels; a multiple of the tokenizer's factor",
     )
@@ -57,12 +57,9 @@ def parse(argv=None):
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/eval", help="folder for metrics.json, config.json and reconstructions.png")
     add = arguments.add_argument_group("speed (changes no number)").add_argument
-    add("--batch", type=int, default=16, help="pictures a device at once")
-    add("--workers", type=int, default=2, help="loader processes per device")
-    args = arguments.parse_args(argv)
-    if args.batch < 1 or args.workers < 0:
-        arguments.error("--batch must be at least 1, --workers at least 0")
-    return args
+    add("--batch", type=runtime.at_least(1), default=16, help="pictures a device at once")
+    add("--workers", type=runtime.at_least(0), default=2, help="loader processes per device")
+    return arguments.parse_args(argv)
 
 
 def if_there(load, *arguments):

@@ -481,7 +481,10 @@ def compare(reference, samples, classifier):
 def check_writable(*paths):
     """Raise UserError now, not after an hour, where a file could not be written."""
     for path in paths:
-        if path and not os.access(Path(path).absolute().parent, os.W_OK):
+        folder = Path(path).absolute().parent if path else None
+        if path and Path(path).is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
+        if path and not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UserError(f"cannot write {path}: its folder does not exist or is read-only")
 
 
@@ -507,11 +510,9 @@ def parse(argv=None):
     add("--save-stats", help="write the reference's statistics to this .npz, for use in its place")
     add("--json", help="write numbers, protocol and warnings to this file")
     add = arguments.add_argument_group("speed (changes no number)").add_argument
-    add("--batch", type=int, default=64, help="pictures a device at once")
-    add("--workers", type=int, default=2, help="loader processes per device")
+    add("--batch", type=runtime.at_least(1), default=64, help="pictures a device at once")
+    add("--workers", type=runtime.at_least(0), default=2, help="loader processes per device")
     args = arguments.parse_args(argv)
-    if args.batch < 1 or args.workers < 0:
-        arguments.error("--batch must be at least 1, --workers at least 0")
     if not (args.samples or args.save_stats):
         arguments.error("give the samples too, or --save-stats")
     return args

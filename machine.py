@@ -27,7 +27,10 @@ def main():
         "  python runtime.py\n  torchrun --nproc_per_node=8 runtime.py",
     )
     arguments.add_argument(
-        "--timeout", type=float, default=60, help="seconds that the processes are waited for"
+        "--timeout",
+        type=runtime.at_least(1, float),
+        default=60,
+        help="seconds that the processes are waited for",
     )
     args = arguments.parse_args()
     world, host, port = (os.environ.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))

@@ -69,7 +69,7 @@ class Graphs:
 
     def forget(self):
         """Drop the graphs and the gradients, and so the memory that passes work in, until the next step: others
-        may need it."""
+        may need it. (The buffer of exchanged gradients stays.)"""
         self.kept = {}
         for _, gradients in self.steps:
             gradients.clear()

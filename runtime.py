@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import datetime
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -212,9 +213,24 @@ def parser(description, examples):
 
     class Format(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):  # no "(default: None)" behind flags that have no default
-            return action.help if action.default in (None, False) else super()._get_help_string(action)
+            hidden = action.default is None or action.default is False
+            return action.help if hidden else super()._get_help_string(action)
 
     return OneLine(description=description, epilog=f"examples:\n{examples}", formatter_class=Format)
+
+
+def at_least(lowest, kind=int, highest=math.inf):
+    """An argparse type: a finite number from `lowest` to `highest`."""
+
+    def number(text):
+        value = kind(text)
+        if not (lowest <= value <= highest and abs(value) < math.inf):
+            limits = f"at least {lowest}" if highest == math.inf else f"{lowest} to {highest}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where the text is no number
+    return number
 
 
 def parse_with_presets(arguments, presets, argv=None):
@@ -236,7 +252,8 @@ def parse_with_presets(arguments, presets, argv=None):
 
 
 def run_script(main):
-    """Run a script's main(); a UserError or a full disk ends in one line and exit code 2, no traceback.
+    """Run a script's main(); a UserError, a full disk or a file that may not be touched ends in one line and
+    exit code 2, no traceback.
 
     Whatever ends it, the process leaves at once: others may wait inside a collective for this one (torchrun
     then ends them), and Python would wait at its exit for loader processes, which leave signals to this
@@ -250,6 +267,9 @@ def run_script(main):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             name = error.filename or "a file"
             _fail(f"the disk is full: could not write {name}; free some space and run again")
+        forbidden = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+        if error.errno in forbidden and error.filename:
+            _fail(f"cannot read or write {error.filename}: {error.strerror}")
         _fail(traceback.format_exc(), code=1)
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
@@ -258,8 +278,10 @@ def run_script(main):
         while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
             cause = cause.__context__
         if cause is not None:
-            smaller = "--micro-batch" if Path(sys.argv[0]).name.startswith("train_") else "--batch"
-            _fail(f"out of memory on the device, give a smaller {smaller}: {str(cause).splitlines()[0]}")
+            name = Path(sys.argv[0]).name
+            flag = "--micro-batch" if name.startswith("train_") else "--batch"
+            advice = "" if name == "bench.py" else f", give a smaller {flag}"
+            _fail(f"out of memory on the device{advice}: {str(cause).splitlines()[0]}")
         _fail(traceback.format_exc(), code=1)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -293,9 +315,10 @@ def split_batch(global_batch, micro_batch, world):
 
 
 def should_compile(rt, flag, steps):
-    """Whether to compile: as --compile or --no-compile say; otherwise on a GPU for a run of 500 steps or
-    more."""
-    return rt.device.type == "cuda" and steps >= 500 if flag is None else flag
+    """Whether to compile: as --compile or --no-compile say; otherwise on a GPU (where torch.compile needs
+    Triton) for a run of 500 steps or more."""
+    worth = rt.device.type == "cuda" and steps >= 500 and importlib.util.find_spec("triton") is not None
+    return worth if flag is None else flag
 
 
 class StopSignal:

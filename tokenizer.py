@@ -38,10 +38,17 @@ class TokenizerConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        if self.channels % 32:
+        if self.channels < 32 or self.channels % 32:
             raise UserError(
                 f"channels must be a multiple of 32 (GroupNorm has 32 groups), not {self.channels}"
             )
+        if min(self.channel_multipliers, default=0) < 1 or self.blocks_per_level < 1:
+            raise UserError(
+                f"multipliers and blocks must be at least 1, not {self.channel_multipliers} and "
+                f"{self.blocks_per_level}"
+            )
+        if not 1 <= self.bits <= 30:
+            raise UserError(f"bits must be 1 to 30, not {self.bits}")
 
     @property
     def widths(self):

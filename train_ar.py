@@ -46,7 +46,8 @@ for name, preset in PRESETS.items():
     preset |= {"width": size.width, "heads": size.heads}
     preset |= {"spatial_layers": size.spatial_layers, "intra_layers": size.intra_layers}
 
-# Settings that a resumed run may change freely: they leave the weights alone.
+# Settings that a resumed run may change freely: they leave the weights alone, up to rounding and, for the
+# micro-batch, which values dropout takes.
 MAY_CHANGE = {
     "out",
     "codes",
@@ -69,7 +70,7 @@ def parse(argv=None):
     add = arguments.add_argument_group("data").add_argument
     add("--codes", default="codes/train", help="code cache to train on, from encode.py")
     add("--val-codes", help="code cache for the validation loss; none: not computed")
-    add("--seed", type=int, default=0, help="of initialisation, order, crops, dropout, sample pictures")
+    add("--seed", type=runtime.at_least(0), default=0, help="of initialisation, order, crops, dropout")
     add = arguments.add_argument_group("model").add_argument
     add("--preset", default="tiny", help="size and settings: tiny, B, L or XL; the flags below override it")
     add("--width", type=int, help="model width d")
@@ -84,12 +85,20 @@ def parse(argv=None):
     )
     add("--dropout", type=float, help="dropout probability on tokens, attention and feed-forward outputs")
     add = arguments.add_argument_group("schedule").add_argument
-    add("--global-batch", type=int, help="pictures a step, over all devices")
-    add("--micro-batch", type=int, help="pictures a device at once; accumulation is derived")
-    add("--epochs", type=int, help="length of the run, epochs of ceil(pictures / global batch) steps")
-    add("--steps", type=int, help="length of the run in steps instead, where not 0")
-    add("--lr", type=float, help="peak learning rate of AdamW")
-    add("--warmup-epochs", type=float, help="epochs of linear warm-up from 0.005 of the peak")
+    add("--global-batch", type=runtime.at_least(1), help="pictures a step, over all devices")
+    add("--micro-batch", type=runtime.at_least(1), help="pictures a device at once; accumulation is derived")
+    add(
+        "--epochs",
+        type=runtime.at_least(0),
+        help="length of the run, epochs of ceil(pictures / global batch) steps",
+    )
+    add("--steps", type=runtime.at_least(0), help="length of the run in steps instead, where not 0")
+    add("--lr", type=runtime.at_least(0, float), help="peak learning rate of AdamW")
+    add(
+        "--warmup-epochs",
+        type=runtime.at_least(0, float),
+        help="epochs of linear warm-up from 0.005 of the peak",
+    )
     add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
     add = arguments.add_argument_group("memory").add_argument
     add(
@@ -106,20 +115,30 @@ def parse(argv=None):
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="compile the blocks and replay whole passes as CUDA graphs; default: on a GPU, for runs of 500 steps or "
-        "more",
+        "more without --shard and --checkpoint-activations, beside which there are no graphs",
     )
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/ar", help="the run's folder")
-    add("--log-every", type=int, default=50, help="steps between log lines")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints")
+    add("--log-every", type=runtime.at_least(1), default=50, help="steps between log lines")
+    add("--save-every", type=runtime.at_least(1), default=1000, help="steps between checkpoints")
     add(
         "--keep-every",
-        type=int,
+        type=runtime.at_least(0),
         default=0,
         help="keep checkpoints of multiples of this many steps for good; 0: none",
     )
-    add("--eval-every", type=int, default=1000, help="steps between validation losses and sample pictures")
-    add("--eval-pictures", type=int, default=10000, help="validation pictures an evaluation takes")
+    add(
+        "--eval-every",
+        type=runtime.at_least(1),
+        default=1000,
+        help="steps between validation losses and sample pictures",
+    )
+    add(
+        "--eval-pictures",
+        type=runtime.at_least(1),
+        default=10000,
+        help="validation pictures an evaluation takes",
+    )
     add("--allow-changes", action="store_true", help="resume although settings differ from the checkpoint's")
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 
@@ -134,6 +153,11 @@ def open_caches(args):
         )
     if val_codes and val_codes.classes != codes.classes:
         raise runtime.UserError(f"{args.val_codes} has other classes than {args.codes}")
+    if val_codes and val_codes.grid != codes.grid:
+        raise runtime.UserError(
+            f"{args.val_codes} holds {val_codes.grid} grids and {args.codes} {codes.grid}; encode it with the "
+            f"other's --size"
+        )
     if codes.grid[0] != codes.grid[1]:
         raise runtime.UserError(f"{args.codes} holds a {codes.grid} grid; the transformer wants a square one")
     path = Path(args.codes) / "tokenizer.pt"
@@ -172,6 +196,8 @@ def main():
     model = ARTransformer(config)
     epoch_steps = math.ceil(len(codes) / args.global_batch)
     total = args.steps or args.epochs * epoch_steps
+    if total == 0:
+        raise runtime.UserError("--steps and --epochs are both 0: nothing to do")
     warmup = args.warmup_epochs * epoch_steps  # in steps
 
     # Resume
@@ -226,7 +252,7 @@ def main():
     del state
 
     # Passes, forward and backward. Graphs go with compiled blocks; sharded ones talk to other processes in
-    # every pass.
+    # every pass, and together with checkpointed activations nobody has tried them.
     gradients = Gradients(rt, model.parameters(), args.shard)
     graphs = Graphs(rt, compiled and plain_blocks)
     share = accumulation * (1 if args.shard else rt.world)  # the micro-batches whose losses a step adds up

@@ -53,7 +53,8 @@ for name, preset in PRESETS.items():
     preset |= {"channels": size.channels, "multipliers": list(size.channel_multipliers)}
     preset |= {"blocks": size.blocks_per_level, "bits": size.bits}
 
-# Settings that a resumed run may change freely: they leave the weights alone.
+# Settings that a resumed run may change freely. They leave the weights alone, up to rounding; but for the
+# micro-batch, over which codebook entropy and BatchNorm go, and which the memory at hand may dictate.
 MAY_CHANGE = {"out", "workers", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
 MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset"}
 
@@ -71,9 +72,9 @@ def parse(argv=None):
         help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in",
     )
     add("--val-data", help="the same, for PSNR and the reconstruction pictures; --data where it is not given")
-    add("--size", type=int, help="side of the training crops, pixels")
-    add("--workers", type=int, default=2, help="loader processes per device")
-    add("--seed", type=int, default=0, help="of initialisation, order, crops")
+    add("--size", type=runtime.at_least(1), help="side of the training crops, pixels")
+    add("--workers", type=runtime.at_least(0), default=2, help="loader processes per device")
+    add("--seed", type=runtime.at_least(0), default=0, help="of initialisation, order, crops")
     add = arguments.add_argument_group("model").add_argument
     add(
         "--preset",
@@ -94,9 +95,13 @@ def parse(argv=None):
         "--lpips",
         help="LPIPS weights: 'published' (downloaded), a file that holds them, or 'none' for no LPIPS",
     )
-    add("--gan-weight", type=float, help="weight of the adversarial term; 0: no discriminator at all")
-    add("--lecam-weight", type=float, help="weight of LeCAM in the discriminator's loss")
-    add("--entropy-weight", type=float, help="weight of the entropy term")
+    add(
+        "--gan-weight",
+        type=runtime.at_least(0, float),
+        help="weight of the adversarial term; 0: no discriminator at all",
+    )
+    add("--lecam-weight", type=runtime.at_least(0, float), help="weight of LeCAM in the discriminator's loss")
+    add("--entropy-weight", type=runtime.at_least(0, float), help="weight of the entropy term")
     add(
         "--global-entropy",
         action="store_true",
@@ -104,32 +109,55 @@ def parse(argv=None):
         "accumulated micro-batches stay apart",
     )
     add = arguments.add_argument_group("schedule").add_argument
-    add("--global-batch", type=int, help="pictures a step, over all devices")
-    add("--micro-batch", type=int, help="pictures a device at once; accumulation is derived")
-    add("--epochs", type=int, help="length of the run, epochs of ceil(pictures / global batch) steps")
-    add("--steps", type=int, help="length of the run in steps instead, where not 0")
-    add("--lr", type=float, help="learning rate of both Adams")
-    add("--lr-drops", type=float, nargs="*", help="epochs after which the learning rate falls to a tenth")
-    add("--ema", type=float, help="decay of the moving average of all trained parameters, per step")
+    add("--global-batch", type=runtime.at_least(1), help="pictures a step, over all devices")
+    add("--micro-batch", type=runtime.at_least(1), help="pictures a device at once; accumulation is derived")
+    add(
+        "--epochs",
+        type=runtime.at_least(0),
+        help="length of the run, epochs of ceil(pictures / global batch) steps",
+    )
+    add("--steps", type=runtime.at_least(0), help="length of the run in steps instead, where not 0")
+    add("--lr", type=runtime.at_least(0, float), help="learning rate of both Adams")
+    add(
+        "--lr-drops",
+        type=runtime.at_least(0, float),
+        nargs="*",
+        help="epochs after which the learning rate falls to a tenth",
+    )
+    add(
+        "--ema",
+        type=runtime.at_least(0, float, 1),
+        help="decay of the moving average of all trained parameters, per step",
+    )
     add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the small parts where it pays and replay whole passes as CUDA graphs; default: on a GPU, for "
-        "runs of 500 steps or more",
+        help="compile the small parts where it pays and replay whole passes as CUDA graphs (not with "
+        "--global-entropy on several devices); default: on a GPU, for runs of 500 steps or more",
     )
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/tokenizer", help="the run's folder")
-    add("--log-every", type=int, default=20, help="steps between log lines")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints")
+    add("--log-every", type=runtime.at_least(1), default=20, help="steps between log lines")
+    add("--save-every", type=runtime.at_least(1), default=1000, help="steps between checkpoints")
     add(
         "--keep-every",
-        type=int,
+        type=runtime.at_least(0),
         default=0,
         help="keep checkpoints of multiples of this many steps for good; 0: none",
     )
-    add("--eval-every", type=int, default=1000, help="steps between evaluations and reconstruction pictures")
-    add("--eval-pictures", type=int, default=1000, help="validation pictures an evaluation takes")
+    add(
+        "--eval-every",
+        type=runtime.at_least(1),
+        default=1000,
+        help="steps between evaluations and reconstruction pictures",
+    )
+    add(
+        "--eval-pictures",
+        type=runtime.at_least(1),
+        default=1000,
+        help="validation pictures an evaluation takes",
+    )
     add("--allow-changes", action="store_true", help="resume although settings differ from the checkpoint's")
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 
@@ -181,6 +209,8 @@ def main():
     scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
     epoch_steps = math.ceil(len(pictures) / args.global_batch)
     total = args.steps or args.epochs * epoch_steps
+    if total == 0:
+        raise runtime.UserError("--steps and --epochs are both 0: nothing to do")
 
     # Resume
     settings = vars(args) | {"pictures": len(pictures), "total_steps": total}
@@ -266,7 +296,7 @@ def main():
     trained.train()
     for step, micro_batches in enumerate(batches, first):
         epoch = step // epoch_steps
-        lr = args.lr * 0.1 ** sum(epoch >= drop for drop in args.lr_drops)
+        lr = args.lr * 0.1 ** sum(step >= drop * epoch_steps for drop in args.lr_drops)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr

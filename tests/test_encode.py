@@ -208,7 +208,6 @@ def test_what_is_wrong_is_said_before_anything_is_written(tokenizer_file, pictur
     for source, flag, words in [
         (pictures, "--tokenizer=none.pt", "there is no file or folder none.pt"),
         (pictures, "--size=17", "--size 17 is not a multiple of 2"),
-        (pictures, "--batch=0", "--batch must be at least 1"),
         ("glyphs:9", "--crops=2", "leave --crops out"),
     ]:
         with pytest.raises(UserError, match=words):

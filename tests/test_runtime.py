@@ -8,6 +8,10 @@ import pytest
 import torch
 from scripts import ROOT, command, environment, run
 
+import encode
+import train_ar
+import train_tokenizer
+
 
 def facts(text):
     """The report's lines by their first word; notes as a list."""
@@ -85,6 +89,62 @@ def test_a_process_that_never_comes_is_named_in_one_line():
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "not all of the 2 processes answered within 3 s" in done.stderr
     assert "localhost, port 0" in done.stderr and "GLOO_SOCKET_IFNAME" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, flag, wrong",
+    [(train, flag, wrong)
+     for train in (train_tokenizer, train_ar)
+     for flag, wrong in [
+        ("--global-batch", "0"), ("--global-batch", "-16"), ("--micro-batch", "0"), ("--log-every", "0"),
+        ("--save-every", "0"), ("--eval-every", "-1"), ("--eval-pictures", "0"), ("--keep-every", "-1"),
+        ("--steps", "-3"), ("--epochs", "-1"), ("--lr", "-1"), ("--lr", "nan"), ("--lr", "inf"), ("--seed", "-1"),
+     ]]
+    + [(train_tokenizer, "--workers", "-1"), (train_tokenizer, "--ema", "1.5"), (train_tokenizer, "--size", "0")]
+    + [(train_tokenizer, "--gan-weight", "-1"), (train_tokenizer, "--lr-drops", "-1")]
+    + [(train_ar, "--warmup-epochs", "nan"), (encode, "--workers", "-1"), (encode, "--crops", "-1"), (encode, "--batch", "0")],
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(script, flag, wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.parse([flag, wrong])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1
+    assert f"argument {flag}: must be " in line and line.endswith(f"not {wrong} (see --help)\n")
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--ema", "--seed", "--steps"])
+def test_numbers_at_the_edge_are_taken(flag):
+    assert getattr(train_tokenizer.parse([flag, "0"]), flag.removeprefix("--")) == 0
+
+
+def test_help_shows_defaults_of_zero():
+    assert re.search(
+        r"--seed SEED +of initialisation, order, crops \(default: 0\)",
+        run("train_tokenizer.py", "--help").stdout,
+    )
+
+
+FORBIDDEN = """
+import sys
+sys.path.insert(0, {root!r})
+import runtime
+
+runtime.run_script(lambda: open({path!r}, "w"))
+"""
+
+
+def test_a_file_that_may_not_be_written_ends_in_one_line(tmp_path):
+    (tmp_path / "it.py").write_text(FORBIDDEN.format(root=str(ROOT), path=str(tmp_path)))
+    done = subprocess.run(
+        command(tmp_path / "it.py"),
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+    )
+    line = f"it.py: cannot read or write {tmp_path}: Is a directory\n"
+    assert (done.returncode, done.stderr) == (2, line)
 
 
 SPENT = """

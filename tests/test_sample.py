@@ -295,7 +295,7 @@ def test_errors(flags, word, files, tmp_path, monkeypatch):
 def test_flags_out_of_range(flags, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         inside(monkeypatch, "--model", "x", "--out", "y", *flags)
-    assert stop.value.code == 2 and f"{flags[0]} must be at least" in capsys.readouterr().err
+    assert stop.value.code == 2 and f"{flags[0]}: must be at least" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line_and_exit_code_2(files, tmp_path):

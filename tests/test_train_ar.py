@@ -182,6 +182,7 @@ def test_dropout_is_a_function_of_the_seed(whole, flags, tmp_path):
         (["--micro-batch", "3"], "--micro-batch 3"),
         (["--pre-bits", "18"], "factorized_bits"),
         (["--epochs", "x"], "--epochs"),
+        (["--steps", "0", "--epochs", "0"], "both 0"),
         (["--shard"], "launch with torchrun"),
     ],
 )
@@ -190,11 +191,28 @@ def test_wrong_flags_end_in_one_line(flags, tmp_path, wrong, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_of_another_kind_is_not_resumed(flags, codes, tmp_path):
-    content = read_weights(codes / "tokenizer.pt")
-    write_atomically(tmp_path / "step_00000005.pt", content)
+def test_a_run_of_the_other_stage_is_not_touched(flags, codes, tmp_path):
+    path = tmp_path / "step_00000005.pt"
+    write_atomically(path, read_weights(codes / "tokenizer.pt"))
+    line = fails_with_one_line("train_ar.py", *flags, "--steps", 1, "--out", tmp_path)
+    assert f"{path} is a checkpoint of the other stage" in line
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_foreign_weights_are_passed_over(flags, tmp_path):
+    write_atomically(tmp_path / "step_00000005.pt", {"weights": torch.ones(2)})
     done = run("train_ar.py", *flags, "--steps", 1, "--out", tmp_path)
     assert "is no ar checkpoint" in done.stdout and "resumed" not in done.stdout
+
+
+def test_validation_codes_of_another_size(flags, codes, tmp_path):
+    """Of the same tokenizer, by encode.py."""
+    other = tmp_path / "other"
+    size = 2 * open_codes(codes).manifest["size"]
+    made = ["--tokenizer", codes / "tokenizer.pt", "--data", "glyphs:60:ABC", "--size", size, "--workers", 0]
+    run("encode.py", *made, "--out", other)
+    line = fails_with_one_line("train_ar.py", *flags, "--val-codes", other, "--out", tmp_path / "out")
+    assert f"{other} holds" in line and "--size" in line and not (tmp_path / "out").exists()
 
 
 def test_validation_codes_of_another_tokenizer(flags, codes, tmp_path):

@@ -178,6 +178,13 @@ def test_a_flag_younger_than_the_checkpoint_was_off(whole, tmp_path):
     assert "--global-entropy was False, is True" in line
 
 
+def test_the_rate_drops_within_an_epoch(tmp_path):
+    """Of 8 steps; 60 pictures by 8."""
+    run("train_tokenizer.py", *TINY, "--lr-drops", 0.5, "--gan-weight", 0, "--out", tmp_path)
+    rates = [line["lr"] for line in log_lines(tmp_path) if "lr" in line]
+    assert rates == pytest.approx([1e-3] * 4 + [1e-4] * 4, rel=1e-12)
+
+
 def test_non_finite_loss_stops_and_names_the_step(tmp_path):
     process = run("train_tokenizer.py", *TINY, "--lr", 1e30, "--out", tmp_path, code=2)
     assert "non-finite at step 2" in process.stderr and "step_00000001.pt" in process.stderr
@@ -194,6 +201,11 @@ def test_non_finite_loss_stops_and_names_the_step(tmp_path):
         (["--precision", "fp8"], "fp8"),
         (["--lpips", "nowhere.pt"], "nowhere.pt"),
         (["--stepz", "3"], "--stepz"),
+        (["--steps", "0", "--epochs", "0"], "both 0"),
+        (["--channels", "-32"], "channels must be"),
+        (["--multipliers", "0", "1"], "multipliers and blocks must be at least 1"),
+        (["--blocks", "0"], "multipliers and blocks must be at least 1"),
+        (["--bits", "40"], "bits must be 1 to 30"),
     ],
 )
 def test_wrong_flags_end_in_one_line(tmp_path, flags, words):
