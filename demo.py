@@ -30,7 +30,7 @@ def main():
     train, val = GLYPHS.format(10000), GLYPHS.format(400)
     tokenizer, codes, ar, samples = (folder / name for name in ("tokenizer", "codes", "ar", "samples.png"))
     street = {
-        "train the tokenizer": f"train_tokenizer.py --data {train} --val-data {val} --lr-drops 0.65 --out {tokenizer}",
+        "train the tokenizer": f"train_tokenizer.py --data {train} --val-data {val} --out {tokenizer}",
         "encode": f"encode.py --tokenizer {tokenizer} --data {train} --seed 1 --size 32 --out {codes / 'train'}",
         "encode, validation": f"encode.py --tokenizer {tokenizer} --data {val} --seed 2 --size 32 --out {codes / 'val'}",
         "train the transformer": f"train_ar.py --codes {codes / 'train'} --val-codes {codes / 'val'} --out {ar}",
