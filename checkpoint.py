@@ -101,6 +101,8 @@ def read_weights(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         pass  # a foreign type, or no pickle at all: the second reading tells
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # noqa: BLE001 (torch raises a dozen types for torn files)
         raise UserError(f"{path} is not a weights file that torch can read, or it is cut short") from None
     try:

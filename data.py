@@ -479,9 +479,14 @@ def _manifest_of(folder):
         manifest = None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{folder} is not a code cache (no manifest.json of one): make it with encode.py")
-    if manifest["version"] > VERSION:
+    try:
+        newer = manifest["version"] > VERSION
+        shapes = {"codes.bin": _codes_shape(manifest), "labels.bin": (manifest["count"],)}
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{folder}/manifest.json is no whole manifest of a code cache: {error}") from None
+    if newer:
         raise UserError(f"the code cache {folder} was made by a newer version of this project; update it")
-    for name, shape in (("codes.bin", _codes_shape(manifest)), ("labels.bin", (manifest["count"],))):
+    for name, shape in shapes.items():
         path, expected = Path(folder) / name, 4 * int(np.prod(shape))
         actual = path.stat().st_size if path.is_file() else 0
         if actual != expected:

@@ -571,6 +571,10 @@ def test_damaged_and_foreign_caches_are_refused(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
     with pytest.raises(UserError, match="newer version"):
         data.open_codes(tmp_path)
+    for wrong in ({"crops": None}, {"version": "one"}, {"grid": [4]}):
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest | wrong))
+        with pytest.raises(UserError, match="manifest.json is no whole manifest"):
+            data.open_codes(tmp_path)
 
 
 def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path):

@@ -218,6 +218,16 @@ def test_torn_and_alien_files(tmp_path, content):
         tk.load_tokenizer(tmp_path / "x.ckpt")
 
 
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "x.ckpt").write_bytes(b"whatever")
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(UserError, match="cannot read .*x.ckpt: Permission denied"):
+        tk.load_tokenizer(tmp_path / "x.ckpt")
+
+
 def test_missing_path_and_offline_download(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no file or folder nowhere.ckpt"):
         tk.load_tokenizer("nowhere.ckpt")
