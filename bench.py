@@ -3,8 +3,8 @@
     python bench.py                          # everything, some ten minutes on an H200
     python bench.py --only entropy,sample    # some of it; see ROWS at the end
 
-Each row but the loader's is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do not
-change the time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share` is
+Each row but the loader's is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too:
+values do not change the time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share` is
 the work's arithmetic (training, decoding) or its least traffic (sampling: weights and filled cache once a
 token) over the time, against this GPU's own rate, measured at the start: a large bf16 matrix product, a large
 device-to-device copy.

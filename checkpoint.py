@@ -306,8 +306,7 @@ def changed_settings(old, new, may_change):
     for name, value in new.items():
         before = old.get(name, False)  # a flag younger than the checkpoint was off in it
         if name not in may_change and before != value:
-            flag = (
-                "" if name in ("pictures", "total_steps", "tokenizer_hash") else "--"
-            )  # these follow from flags
-            found.append(f"{flag}{name.replace('_', '-' if flag else ' ')} was {before}, is {value}")
+            derived = name in ("pictures", "total_steps", "tokenizer_hash")  # from flags, and none itself
+            shown = name.replace("_", " ") if derived else "--" + name.replace("_", "-")
+            found.append(f"{shown} was {before}, is {value}")
     return ", ".join(found)

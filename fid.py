@@ -480,11 +480,11 @@ def compare(reference, samples, classifier):
 
 def check_writable(*paths):
     """Raise UserError now, not after an hour, where a file could not be written."""
-    for path in paths:
-        folder = Path(path).absolute().parent if path else None
-        if path and Path(path).is_dir():
+    for path in filter(None, paths):
+        folder = Path(path).absolute().parent
+        if Path(path).is_dir():
             raise UserError(f"cannot write {path}: it is a folder")
-        if path and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UserError(f"cannot write {path}: its folder does not exist or is read-only")
 
 

@@ -164,8 +164,9 @@ def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
 
     z: (N, K) latents; computed in float64 on a CPU, which has it at hand, and elsewhere in float32 at least,
     whatever autocast says. (In float32 the gradient of their difference is off by up to percents where tokens
-    are few.) Returns two scalars of that type, in nats: `sample_entropy`, mean over tokens; `codebook_entropy`, -sum_c pbar_c log(pbar_c + eps)
-    of the mean assignment pbar (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18: as published).
+    are few.) Returns two scalars of that type, in nats: `sample_entropy`, mean over tokens;
+    `codebook_entropy`, -sum_c pbar_c log(pbar_c + eps) of the mean assignment pbar (with eps = 1e-5 it tops
+    out at 11.19, not 12.48, for K = 18: as published).
 
     global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally
     many. The gradient is then right once it is averaged over processes, as training does: that average

@@ -68,8 +68,8 @@ class Graphs:
         self.forget()
 
     def forget(self):
-        """Drop the graphs and the gradients, and so the memory that passes work in, until the next step: others
-        may need it. (The buffer of exchanged gradients stays.)"""
+        """Drop the graphs and the gradients, and so the memory that passes work in, until the next step:
+        others may need it. (The buffer of exchanged gradients stays.)"""
         self.kept = {}
         for _, gradients in self.steps:
             gradients.clear()

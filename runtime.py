@@ -233,6 +233,29 @@ def at_least(lowest, kind=int, highest=math.inf):
     return number
 
 
+def add_length_flags(add):
+    """The flags of both trainings for pictures a step and the run's length; `add` is a group's
+    add_argument."""
+    add("--global-batch", type=at_least(1), help="pictures a step, over all devices")
+    add("--micro-batch", type=at_least(1), help="pictures a device at once; accumulation is derived")
+    add("--epochs", type=at_least(0), help="length of the run, epochs of ceil(pictures / global batch) steps")
+    add("--steps", type=at_least(0), help="length of the run in steps instead, where not 0")
+
+
+def add_output_flags(arguments, out, log_every, evaluated, eval_pictures):
+    """The flags of both trainings for the run's folder and what goes there when."""
+    add = arguments.add_argument_group("output").add_argument
+    kept = "keep checkpoints of multiples of this many steps for good; 0: none"
+    add("--out", default=out, help="the run's folder")
+    add("--log-every", type=at_least(1), default=log_every, help="steps between log lines")
+    add("--save-every", type=at_least(1), default=1000, help="steps between checkpoints")
+    add("--keep-every", type=at_least(0), default=0, help=kept)
+    add("--eval-every", type=at_least(1), default=1000, help=f"steps between {evaluated}")
+    pictures = "validation pictures an evaluation takes"
+    add("--eval-pictures", type=at_least(1), default=eval_pictures, help=pictures)
+    add("--allow-changes", action="store_true", help="resume although settings differ from the checkpoint's")
+
+
 def parse_with_presets(arguments, presets, argv=None):
     """Parse with `--preset` choosing a dict of defaults; a flag given overrides its preset entry.
 
@@ -308,6 +331,15 @@ def split_batch(global_batch, micro_batch, world):
             f"process(es); change one of them"
         )
     return global_batch // (micro_batch * world)
+
+
+def run_length(args, pictures):
+    """(steps an epoch, steps of the run), from the flags of `add_length_flags`."""
+    epoch_steps = math.ceil(pictures / args.global_batch)
+    total = args.steps or args.epochs * epoch_steps
+    if total == 0:
+        raise UserError("--steps and --epochs are both 0: nothing to do")
+    return epoch_steps, total
 
 
 # ---------------------------------------------------------------------------------------------------------

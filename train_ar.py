@@ -85,14 +85,7 @@ def parse(argv=None):
     )
     add("--dropout", type=float, help="dropout probability on tokens, attention and feed-forward outputs")
     add = arguments.add_argument_group("schedule").add_argument
-    add("--global-batch", type=runtime.at_least(1), help="pictures a step, over all devices")
-    add("--micro-batch", type=runtime.at_least(1), help="pictures a device at once; accumulation is derived")
-    add(
-        "--epochs",
-        type=runtime.at_least(0),
-        help="length of the run, epochs of ceil(pictures / global batch) steps",
-    )
-    add("--steps", type=runtime.at_least(0), help="length of the run in steps instead, where not 0")
+    runtime.add_length_flags(add)
     add("--lr", type=runtime.at_least(0, float), help="peak learning rate of AdamW")
     add(
         "--warmup-epochs",
@@ -117,29 +110,7 @@ def parse(argv=None):
         help="compile the blocks and replay whole passes as CUDA graphs; default: on a GPU, for runs of 500 steps or "
         "more without --shard and --checkpoint-activations, beside which there are no graphs",
     )
-    add = arguments.add_argument_group("output").add_argument
-    add("--out", default="runs/ar", help="the run's folder")
-    add("--log-every", type=runtime.at_least(1), default=50, help="steps between log lines")
-    add("--save-every", type=runtime.at_least(1), default=1000, help="steps between checkpoints")
-    add(
-        "--keep-every",
-        type=runtime.at_least(0),
-        default=0,
-        help="keep checkpoints of multiples of this many steps for good; 0: none",
-    )
-    add(
-        "--eval-every",
-        type=runtime.at_least(1),
-        default=1000,
-        help="steps between validation losses and sample pictures",
-    )
-    add(
-        "--eval-pictures",
-        type=runtime.at_least(1),
-        default=10000,
-        help="validation pictures an evaluation takes",
-    )
-    add("--allow-changes", action="store_true", help="resume although settings differ from the checkpoint's")
+    runtime.add_output_flags(arguments, "runs/ar", 50, "validation losses and sample pictures", 10000)
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 
 
@@ -194,10 +165,7 @@ def main():
     )
     runtime.seed_everything(args.seed)
     model = ARTransformer(config)
-    epoch_steps = math.ceil(len(codes) / args.global_batch)
-    total = args.steps or args.epochs * epoch_steps
-    if total == 0:
-        raise runtime.UserError("--steps and --epochs are both 0: nothing to do")
+    epoch_steps, total = runtime.run_length(args, len(codes))
     warmup = args.warmup_epochs * epoch_steps  # in steps
 
     # Resume

@@ -11,7 +11,6 @@ never stopped.
 
 import argparse
 import copy
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -109,14 +108,7 @@ def parse(argv=None):
         "accumulated micro-batches stay apart",
     )
     add = arguments.add_argument_group("schedule").add_argument
-    add("--global-batch", type=runtime.at_least(1), help="pictures a step, over all devices")
-    add("--micro-batch", type=runtime.at_least(1), help="pictures a device at once; accumulation is derived")
-    add(
-        "--epochs",
-        type=runtime.at_least(0),
-        help="length of the run, epochs of ceil(pictures / global batch) steps",
-    )
-    add("--steps", type=runtime.at_least(0), help="length of the run in steps instead, where not 0")
+    runtime.add_length_flags(add)
     add("--lr", type=runtime.at_least(0, float), help="learning rate of both Adams")
     add(
         "--lr-drops",
@@ -136,29 +128,7 @@ def parse(argv=None):
         help="compile the small parts where it pays and replay whole passes as CUDA graphs (not with "
         "--global-entropy on several devices); default: on a GPU, for runs of 500 steps or more",
     )
-    add = arguments.add_argument_group("output").add_argument
-    add("--out", default="runs/tokenizer", help="the run's folder")
-    add("--log-every", type=runtime.at_least(1), default=20, help="steps between log lines")
-    add("--save-every", type=runtime.at_least(1), default=1000, help="steps between checkpoints")
-    add(
-        "--keep-every",
-        type=runtime.at_least(0),
-        default=0,
-        help="keep checkpoints of multiples of this many steps for good; 0: none",
-    )
-    add(
-        "--eval-every",
-        type=runtime.at_least(1),
-        default=1000,
-        help="steps between evaluations and reconstruction pictures",
-    )
-    add(
-        "--eval-pictures",
-        type=runtime.at_least(1),
-        default=1000,
-        help="validation pictures an evaluation takes",
-    )
-    add("--allow-changes", action="store_true", help="resume although settings differ from the checkpoint's")
+    runtime.add_output_flags(arguments, "runs/tokenizer", 20, "evaluations and reconstruction pictures", 1000)
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 
 
@@ -207,10 +177,7 @@ def main():
         for name, module in trained.items()
     }
     scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
-    epoch_steps = math.ceil(len(pictures) / args.global_batch)
-    total = args.steps or args.epochs * epoch_steps
-    if total == 0:
-        raise runtime.UserError("--steps and --epochs are both 0: nothing to do")
+    epoch_steps, total = runtime.run_length(args, len(pictures))
 
     # Resume
     settings = vars(args) | {"pictures": len(pictures), "total_steps": total}

@@ -165,8 +165,10 @@ def test_lpips_from_a_file(tmp_path):
 
 
 def test_changed_settings_stop_a_resume(whole):
-    line = fails_with_one_line("train_tokenizer.py", *TINY, "--lr", 1e-2, "--seed", 3, "--out", whole)
+    wrong = ["--lr", 1e-2, "--seed", 3, "--steps", 9]
+    line = fails_with_one_line("train_tokenizer.py", *TINY, *wrong, "--out", whole)
     assert "--lr was 0.001, is 0.01" in line and "--seed was 0, is 3" in line
+    assert "; use those settings" in line and ", total steps was 8, is 9" in line  # no flag
 
 
 def test_a_flag_younger_than_the_checkpoint_was_off(whole, tmp_path):
