@@ -116,7 +116,7 @@ def test_schedule_defaults_and_ends():
     "device",
     [
         "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+        pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
 def test_clipping_in_the_step(device, size, scaled):

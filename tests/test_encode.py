@@ -1,6 +1,5 @@
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import fails_with_one_line, run, start
 
 import checkpoint
 import data
@@ -49,39 +49,8 @@ def make_pictures(folder, count):
 
 
 def flags(tokenizer_file, source, out, *more):
-    flags = [
-        "--tokenizer",
-        tokenizer_file,
-        "--data",
-        source,
-        "--out",
-        out,
-        "--size",
-        16,
-        "--workers",
-        0,
-        *more,
-    ]
-    return [str(flag) for flag in flags]
-
-
-def start(*arguments, processes=1):
-    """encode.py in a process group of its own, by torchrun where there are several processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else []), encode.__file__, *flags(*arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-def end(script):
-    """Exit code, output, errors of a script, once it is through."""
-    output, errors = script.communicate(timeout=120)
-    return script.returncode, output, errors
+    flags = ["--tokenizer", tokenizer_file, "--data", source, "--out", out, "--size", 16, "--workers", 0]
+    return [str(flag) for flag in (*flags, *more)]
 
 
 @pytest.fixture
@@ -91,12 +60,12 @@ def encode_here(monkeypatch, capsys):
     torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def run(*arguments):
+    def encode_it(*arguments):
         monkeypatch.setattr(sys, "argv", ["encode.py", *flags(*arguments)])
         encode.main()
         return capsys.readouterr().out
 
-    yield run
+    yield encode_it
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -108,14 +77,11 @@ def content(folder):
 
 def test_codes_are_the_tokenizers_and_two_processes_make_the_same_files(tokenizer_file, pictures, tmp_path):
     # Shares of 51 and 50 pictures: one rank makes a sixth round, of one picture, and the other has none then.
-    scripts = [
-        start(tokenizer_file, pictures, tmp_path / "one", "--batch", 10),
-        start(tokenizer_file, pictures, tmp_path / "two", "--batch", 10, "--workers", 1, processes=2),
-    ]
-    (code, output, errors), two = (end(script) for script in scripts)
-    assert code == 0 and two[0] == 0, (errors, two)
-    assert "101 pictures, 101 images" in output and "unreadable pictures: 1" in output
-    assert "b/099.png" in errors
+    done = run("encode.py", *flags(tokenizer_file, pictures, tmp_path / "one", "--batch", 10))
+    more = ["--batch", 10, "--workers", 1]
+    run("encode.py", *flags(tokenizer_file, pictures, tmp_path / "two", *more), processes=2)
+    assert "101 pictures, 101 images" in done.stdout and "unreadable pictures: 1" in done.stdout
+    assert "b/099.png" in done.stderr
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
     codes = data.open_codes(tmp_path / "one")
@@ -130,7 +96,7 @@ def test_codes_are_the_tokenizers_and_two_processes_make_the_same_files(tokenize
         found, found_label = codes.batch([(0, place)], seed=0)
         assert torch.equal(found[0], expected) and found_label.tolist() == [label]
     share = len(np.unique(codes.codes[codes.rows])) / 2**8
-    assert f"codes used {share:.2%}" in output
+    assert f"codes used {share:.2%}" in done.stdout
 
     kept = checkpoint.read_weights(tmp_path / "one" / "tokenizer.pt")
     assert kept["kind"] == "tokenizer" and "tokenizer_ema" not in kept
@@ -180,27 +146,27 @@ def test_stopped_anywhere_the_same_command_goes_on(tokenizer_file, tmp_path, enc
     encode_here(tokenizer_file, source, tmp_path / "whole")
     stops = {signal.SIGTERM: tmp_path / "asked", signal.SIGKILL: tmp_path / "killed"}
     for number, folder in stops.items():
-        script = start(tokenizer_file, source, folder, "--batch", 2, "--workers", 1)
+        script = start("encode.py", *flags(tokenizer_file, source, folder, "--batch", 2, "--workers", 1))
         deadline = time.monotonic() + 60
         while not (
             (folder / "manifest.json").exists()
             and (np.fromfile(folder / "labels.bin", np.int32) >= 0).sum() >= 10
         ):
-            assert time.monotonic() < deadline and script.poll() is None, end(script)
+            assert time.monotonic() < deadline and script.poll() is None, script.communicate()
             time.sleep(0.005)
         os.killpg(script.pid, number)  # a batch system's signal goes to the loader's worker too
-        code, output, errors = end(script)
+        output, errors = script.communicate(timeout=120)
         done = (np.fromfile(folder / "labels.bin", np.int32) >= 0).sum()
         assert 10 <= done < 500, "it was not stopped midway"
         if number == signal.SIGTERM:
-            assert code == 0 and errors == "" and f"stopped after {done} of 500" in output
+            assert script.returncode == 0 and errors == "" and f"stopped after {done} of 500" in output
         assert f"{500 - done} of 500 pictures to do" in encode_here(tokenizer_file, source, folder)
         assert content(folder) == content(tmp_path / "whole")
 
 
 def test_a_wrong_path_is_one_line_and_exit_code_2(tokenizer_file, tmp_path):
-    code, _, errors = end(start(tokenizer_file, tmp_path / "none", tmp_path / "out"))
-    assert code == 2 and errors.count("\n") == 1 and "there is no picture folder" in errors
+    wrong = flags(tokenizer_file, tmp_path / "none", tmp_path / "out")
+    assert "there is no picture folder" in fails_with_one_line("encode.py", *wrong)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,8 +1,7 @@
 """Every fault here is really caused: processes are killed, disks filled, files damaged. `stress.py` kills for
 longer."""
 
-import importlib
-import multiprocessing
+import functools
 import os
 import pickle
 import random
@@ -11,7 +10,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import ROOT, assert_equal, command, environment, wait_for
+from scripts import assert_equal, command, environment, fails_with_one_line, run, server, wait_for
 from stress import AR, TOKENIZER, children, compare, torture
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -34,84 +32,33 @@ TOKENIZER = (
 AR = AR.replace("--save-every 3", "--save-every 1").split()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Scripts in processes of their own, which a server with torch already imported forks: a second instead of
-# five.
-
-
-@pytest.fixture(scope="module")
-def server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_tokenizer", "train_ar", "encode", "sample"])
-    before = dict(os.environ)
-    os.environ.update(environment(), PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    context.Process(target=int).start()  # the server takes the environment of this moment
-    os.environ.clear()
-    os.environ.update(before)
-    return context
-
-
-@pytest.fixture
-def script(server, tmp_path):
-    """Runs a script as its command line would; returns exit code, output, errors."""
-
-    def run(name, *flags, file_limit=None, code=0, prepare=None):
-        texts = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
-        flags = [str(flag) for flag in flags]
-        child = server.Process(target=_run_script, args=(name, flags, texts, file_limit, prepare))
-        child.start()
-        child.join(100)
-        assert child.exitcode is not None, "it hangs"
-        out, errors = (path.read_text() for path in texts)
-        assert child.exitcode == code, f"exit code {child.exitcode}\n{out[-1000:]}\n{errors[-3000:]}"
-        if code == 2:
-            assert errors.count("\n") == 1 and "Traceback" not in errors, errors
-        return errors if code else out
-
-    return run
-
-
-def _run_script(name, flags, texts, file_limit, prepare):
-    for number, path in zip((1, 2), texts, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-    torch.set_num_threads(1)
-    if file_limit:
-        fill_disk(file_limit)
-    if prepare:
-        prepare()
-    sys.argv = [f"{name}.py", *flags]
-    runtime.run_script(importlib.import_module(name).main)
-
-
 def fill_disk(file_limit):
     """No file may grow past so many bytes: writes fail as they do on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
 
+def refused(script, *flags, **options):
+    """The last line on stderr of a script that ends in exit code 2; warnings may come before it."""
+    errors = run(script, *flags, code=2, **options).stderr
+    assert "Traceback" not in errors, errors
+    return errors.splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, server):
+def run_folder(tmp_path_factory):
     """A run of stage I, checkpoints of steps 3 and 4."""
     out = tmp_path_factory.mktemp("run") / "out"
-    texts = out.parent / "stdout.txt", out.parent / "stderr.txt"
-    flags = [*TOKENIZER, "--steps", "4", "--out", str(out)]
-    child = server.Process(target=_run_script, args=("train_tokenizer", flags, texts, None, None))
-    child.start()
-    child.join(100)
-    assert child.exitcode == 0, texts[1].read_text()
+    run("train_tokenizer.py", *TOKENIZER, "--steps", 4, "--out", out)
     return out
 
 
 @pytest.fixture(scope="module")
-def codes(run_folder, server):
+def codes(run_folder):
     """60 glyphs encoded by that run's tokenizer."""
     out = run_folder.parent / "codes"
-    texts = out.parent / "stdout.txt", out.parent / "stderr.txt"
-    flags = ["--tokenizer", run_folder, "--data", "glyphs:60:AB", "--size", 16, "--workers", 0, "--out", out]
-    child = server.Process(target=_run_script, args=("encode", list(map(str, flags)), texts, None, None))
-    child.start()
-    child.join(100)
-    assert child.exitcode == 0, texts[1].read_text()
+    flags = ["--tokenizer", run_folder, "--data", "glyphs:60:AB", "--size", 16, "--workers", 0]
+    run("encode.py", *flags, "--out", out)
     return out
 
 
@@ -158,12 +105,12 @@ def _save_and_die(folder, length):
     checkpoint.save_checkpoint(folder, {**STATE, "step": 2})
 
 
-def test_killed_in_the_middle_of_a_save(server, tmp_path):
+def test_killed_in_the_middle_of_a_save(tmp_path):
     whole = checkpoint.save_checkpoint(tmp_path, {**STATE, "step": 1})
     before = whole.read_bytes()
     rng = random.Random(0)
     for length in [1, *rng.sample(range(2, len(before) - 1), 9)]:
-        child = server.Process(target=_save_and_die, args=(tmp_path, length))
+        child = server().Process(target=_save_and_die, args=(tmp_path, length))
         child.start()
         child.join(60)
         assert child.exitcode == -signal.SIGKILL
@@ -230,9 +177,9 @@ def _break_third_step():
     train_tokenizer.losses.update_ema = update_ema
 
 
-def test_an_unforeseen_error_ends_the_process(script, tmp_path):
+def test_an_unforeseen_error_ends_the_process(tmp_path):
     flags = [*TOKENIZER, "--workers", 1, "--steps", 4, "--out", tmp_path / "out"]
-    errors = script("train_tokenizer", *flags, code=1, prepare=_break_third_step)
+    errors = run("train_tokenizer.py", *flags, code=1, prepare=_break_third_step).stderr
     assert "Traceback" in errors and "something unforeseen" in errors
 
 
@@ -277,29 +224,31 @@ def test_what_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["codes.bin", "labels.bin", "tokenizer.pt", "manifest.json"])
-def test_a_code_cache_cut_short(script, codes, tmp_path, name):
+def test_a_code_cache_cut_short(codes, tmp_path, name):
     cache = shutil.copytree(codes, tmp_path / "cache")
     content = (cache / name).read_bytes()
     (cache / name).write_bytes(content[: len(content) // 2])
-    errors = script("train_ar", "--codes", cache, *AR, "--steps", 2, "--out", tmp_path / "out", code=2)
+    flags = ["--codes", cache, *AR, "--steps", 2, "--out", tmp_path / "out"]
+    errors = fails_with_one_line("train_ar.py", *flags)
     assert str(cache) in errors and not (tmp_path / "out").exists()
 
 
-def test_codes_of_another_tokenizer(script, codes, tmp_path):
+def test_codes_of_another_tokenizer(codes, tmp_path):
     cache = shutil.copytree(codes, tmp_path / "cache")
     content = checkpoint.read_weights(cache / "tokenizer.pt")
     next(iter(content["tokenizer"].values())).view(-1)[0] += 1e-3
     checkpoint.write_atomically(cache / "tokenizer.pt", content)
-    errors = script("train_ar", "--codes", cache, *AR, "--steps", 2, "--out", tmp_path / "out", code=2)
+    flags = ["--codes", cache, *AR, "--steps", 2, "--out", tmp_path / "out"]
+    errors = fails_with_one_line("train_ar.py", *flags)
     assert "tokenizer.pt is not the tokenizer that made these codes" in errors
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_that_does_not_fit(script, run_folder, tmp_path):
+def test_a_checkpoint_that_does_not_fit(run_folder, tmp_path):
     out = shutil.copytree(run_folder, tmp_path / "out")
     flags = [*TOKENIZER, "--steps", 4, "--channels", 64, "--out", out]
-    assert "--channels was 32, is 64" in script("train_tokenizer", *flags, code=2)
-    errors = script("train_tokenizer", *flags, "--allow-changes", code=2)
+    assert "--channels was 32, is 64" in fails_with_one_line("train_tokenizer.py", *flags)
+    errors = fails_with_one_line("train_tokenizer.py", *flags, "--allow-changes")
     assert "step_00000004.pt does not hold this run's tokenizer" in errors and "has shape" in errors
 
 
@@ -314,7 +263,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("form", ["pickle", "zip", "zip of a good one"])
-def test_a_malicious_pickle_is_not_executed(script, run_folder, codes, tmp_path, form):
+def test_a_malicious_pickle_is_not_executed(run_folder, codes, tmp_path, form):
     mark, out = tmp_path / "executed", tmp_path / "out"
     out.mkdir()
     evil = out / "step_00000009.pt"
@@ -325,22 +274,12 @@ def test_a_malicious_pickle_is_not_executed(script, run_folder, codes, tmp_path,
     else:
         torch.save({**STATE, "step": 9, "extra": Malicious(mark), "kind": Malicious(mark)}, evil)
     assert zipfile.is_zipfile(evil) == (form != "pickle")
-    said = script("train_tokenizer", *TOKENIZER, "--steps", 1, "--out", out)
+    said = run("train_tokenizer.py", *TOKENIZER, "--steps", 1, "--out", out).stdout
     assert f"warning: {evil} is" in said and "resumed" not in said and not mark.exists()
     flags = ["--data", "glyphs:60:AB", "--size", 16, "--workers", 0, "--out", tmp_path / "codes"]
-    texts = [_last_line(script, "encode", "--tokenizer", evil, *flags)]
-    texts += [_last_line(script, "sample", "--model", evil, "--out", tmp_path / "samples.png")]
+    texts = [refused("encode.py", "--tokenizer", evil, *flags)]
+    texts += [refused("sample.py", "--model", evil, "--out", tmp_path / "samples.png")]
     assert all(str(evil) in text for text in texts) and not mark.exists()
-
-
-def _last_line(script, name, *flags):
-    """The error of a script that may warn before it."""
-    try:
-        return script(name, *flags, code=2)
-    except AssertionError as error:  # a warning on stderr above the line
-        text = str(error)
-        assert "exit code" not in text and "Traceback" not in text, text
-        return text
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -348,34 +287,34 @@ def _last_line(script, name, *flags):
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.99])
-def test_a_full_disk_during_a_save(script, run_folder, tmp_path, share):
+def test_a_full_disk_during_a_save(run_folder, tmp_path, share):
     out = shutil.copytree(run_folder, tmp_path / "out")
     (out / "step_00000004.pt").unlink()
     before = (out / "step_00000003.pt").read_bytes()
     limit = max(int(share * len(before)), 2 * (out / "log.jsonl").stat().st_size)
     flags = [*TOKENIZER, "--steps", 4, "--eval-every", 1000, "--out", out]
-    errors = script("train_tokenizer", *flags, code=2, file_limit=limit)
+    errors = fails_with_one_line("train_tokenizer.py", *flags, prepare=functools.partial(fill_disk, limit))
     assert f"could not write {out / 'step_00000004.pt'}: File too large" in errors
     assert [path.name for path in checkpoint.checkpoints(out)] == ["step_00000003.pt"]
     assert (out / "step_00000003.pt").read_bytes() == before and not list(out.rglob("*.tmp"))
-    script("train_tokenizer", *flags)  # there is space again
+    run("train_tokenizer.py", *flags)  # there is space again
     ours, theirs = (checkpoint.read_weights(folder / "step_00000004.pt") for folder in (out, run_folder))
     for name in ("tokenizer", "tokenizer_ema", "optimizer_tokenizer", "discriminator", "lecam"):
         assert_equal(ours[name], theirs[name], name)
 
 
-def test_a_full_disk_during_stage_two_and_encoding(script, run_folder, codes, tmp_path):
+def test_a_full_disk_during_stage_two_and_encoding(run_folder, codes, tmp_path):
     out = tmp_path / "out"
     flags = ["--codes", codes, *AR, "--steps", 2, "--eval-every", 1000, "--out", out]
-    errors = script("train_ar", *flags, code=2, file_limit=100_000)
+    errors = fails_with_one_line("train_ar.py", *flags, prepare=functools.partial(fill_disk, 100_000))
     assert f"could not write {out / 'step_00000001.pt'}" in errors and not list(out.rglob("*.tmp"))
     flags = ["--tokenizer", run_folder, "--data", "glyphs:6000:AB", "--size", 16, "--workers", 0]
     limit = (codes / "tokenizer.pt").stat().st_size + 1000
-    errors = script(
-        "encode", *flags, "--data", "glyphs:500:AB", "--out", tmp_path / "few", code=2, file_limit=9000
-    )
-    assert "could not write" in errors and not list((tmp_path / "few").glob("*.tmp"))
-    script("encode", *flags, "--data", "glyphs:60:AB", "--out", tmp_path / "few2", file_limit=limit)
+    few, full = tmp_path / "few", functools.partial(fill_disk, 9000)
+    errors = fails_with_one_line("encode.py", *flags, "--data", "glyphs:500:AB", "--out", few, prepare=full)
+    assert "could not write" in errors and not list(few.glob("*.tmp"))
+    enough = functools.partial(fill_disk, limit)
+    run("encode.py", *flags, "--data", "glyphs:60:AB", "--out", tmp_path / "few2", prepare=enough)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -408,24 +347,21 @@ def odd_pictures(folder):
     return sorted(f"b/{name}" for name in bad)
 
 
-def test_odd_and_unreadable_pictures(script, tmp_path):
+def test_odd_and_unreadable_pictures(tmp_path):
     bad = odd_pictures(tmp_path / "pictures")
     flags = [*TOKENIZER, "--gan-weight", 0, "--data", tmp_path / "pictures", "--size", 16, "--steps", 0]
     flags += ["--epochs", 1, "--global-batch", 32, "--micro-batch", 32, "--save-every", 99]
-    said = script("train_tokenizer", *flags, "--out", tmp_path / "run")
-    assert "unreadable pictures: 4 (" in said and "checkpoint" in said
-    warned = (tmp_path / "stderr.txt").read_text()
-    assert sorted(re.findall(r"unreadable picture skipped: (\S+)", warned)) == bad
+    done = run("train_tokenizer.py", *flags, "--out", tmp_path / "run")
+    assert "unreadable pictures: 4 (" in done.stdout and "checkpoint" in done.stdout
+    assert sorted(re.findall(r"unreadable picture skipped: (\S+)", done.stderr)) == bad
     flags = ["--tokenizer", tmp_path / "run", "--data", tmp_path / "pictures", "--size", 16, "--workers", 0]
-    assert "unreadable pictures: 4" in script("encode", *flags, "--out", tmp_path / "codes")
-    warned = (tmp_path / "stderr.txt").read_text()
-    assert sorted(re.findall(r"unreadable picture skipped: (\S+)", warned)) == bad
+    done = run("encode.py", *flags, "--out", tmp_path / "codes")
+    assert "unreadable pictures: 4" in done.stdout
+    assert sorted(re.findall(r"unreadable picture skipped: (\S+)", done.stderr)) == bad
     assert len(data.open_codes(tmp_path / "codes")) == 398
     (tmp_path / "pictures" / "b" / "fifth.png").write_bytes(b"")  # 5 of 403 are more than 1 %
-    text = (tmp_path / "stderr.txt").read_text
-    with pytest.raises(AssertionError):  # five warnings come before the line
-        script("encode", *flags, "--out", tmp_path / "more", code=2)
-    assert "more than 1% of the 403 pictures" in text().splitlines()[-1] and "Traceback" not in text()
+    line = refused("encode.py", *flags, "--out", tmp_path / "more")
+    assert "more than 1% of the 403 pictures" in line
 
 
 def test_all_ranks_unreadable_pictures_are_reported(tmp_path):
@@ -450,14 +386,14 @@ def _poison_step_two():
 
 
 @pytest.mark.parametrize("what", ["loss", "weights"])
-@pytest.mark.parametrize("name", ["train_tokenizer", "train_ar"])
-def test_nothing_that_is_not_finite_is_saved(script, codes, tmp_path, name, what):
-    flags = TOKENIZER if name == "train_tokenizer" else ["--codes", codes, *AR, "--warmup-epochs", 0]
+@pytest.mark.parametrize("name", ["train_tokenizer.py", "train_ar.py"])
+def test_nothing_that_is_not_finite_is_saved(codes, tmp_path, name, what):
+    flags = TOKENIZER if name == "train_tokenizer.py" else ["--codes", codes, *AR, "--warmup-epochs", 0]
     flags = [*flags, "--steps", 6, "--log-every", 4, "--out", tmp_path / "out"]
     if what == "loss":
-        errors = script(name, *flags, "--lr", "1e30", code=2)
+        errors = fails_with_one_line(name, *flags, "--lr", "1e30")
     else:
-        errors = script(name, *flags, code=2, prepare=_poison_step_two)
+        errors = fails_with_one_line(name, *flags, prepare=_poison_step_two)
     good = checkpoint.checkpoints(tmp_path / "out")
     assert [path.name for path in good] == ["step_00000001.pt"]
     assert f"non-finite at step 2; last good checkpoint: {good[0]}." in errors

@@ -13,7 +13,7 @@ import losses
 import tokenizer as tk
 from ar_model import AR_SIZES, ARConfig, ARTransformer, cross_entropies, guided, image_uniforms, rotary_table
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 GPU = "cuda"
 TINY = ARConfig(64, 4, 3, 2, (6, 12), grid=4, num_classes=10)
 

@@ -99,41 +99,48 @@ def test_entries_are_the_released_ones():
 # The published trajectory: 4 whole steps in float64 -------------------------------------------------------
 
 
-def trajectory(dtype):
-    """Train tiny16 for 4 steps as the published code does; returns its table, parameters and averages."""
+def step_losses(x, tokenizer, lpips, discriminator, lecam):
+    """Both losses of a step, the discriminator's terms, and the golden table's row."""
+    y, _, quantizer = tokenizer(x)
+    loss, terms = losses.generator_loss(x, y, quantizer, lpips, discriminator)
+    d_loss, d_terms = losses.discriminator_loss(discriminator(x), discriminator(y.detach()), lecam, 0.05)
+    names = ("l1", "lpips", "sample_entropy", "codebook_entropy", "commitment")
+    row = [loss, *(terms[name] for name in names), d_loss, d_terms["lecam"]]
+    return loss, d_loss, d_terms, torch.stack([value.detach().double() for value in row])
+
+
+@pytest.fixture(scope="module")
+def trajectory():
+    """tiny16 trained for 4 steps in float64 as the published code does: the golden file, our table, the same
+    table by float32 copies of each step's modules, parameters, averages."""
     golden = load("train_tokenizer_tiny")
-    tokenizer = fill(Tokenizer(TokenizerConfig(32, (1, 1, 2, 2, 4), 1))).train().to(dtype)
-    lpips, discriminator, lecam = (
-        lpips_filled().to(dtype),
-        discriminator_filled().to(dtype),
-        LeCAM().to(dtype),
-    )
+    tokenizer = fill(Tokenizer(TokenizerConfig(32, (1, 1, 2, 2, 4), 1))).train()
+    parts = [part.double() for part in (tokenizer, lpips_filled(), discriminator_filled(), LeCAM())]
+    tokenizer, _, discriminator, lecam = parts
     modules = torch.nn.ModuleDict({"tokenizer": tokenizer, "discriminator": discriminator})
     averages = copy.deepcopy(modules)
     optimizers = [
         torch.optim.Adam(m.parameters(), 1e-4, betas=(0.5, 0.9)) for m in (tokenizer, discriminator)
     ]
-    table = []
-    for x in golden["images"].to(dtype):
-        y, _, quantizer = tokenizer(x)
-        loss, terms = losses.generator_loss(x, y, quantizer, lpips, discriminator)
-        optimizers[0].zero_grad()
-        loss.backward()
-        optimizers[0].step()
-        d_loss, d_terms = losses.discriminator_loss(discriminator(x), discriminator(y.detach()), lecam, 0.05)
+    table, table_float32 = [], []
+    for x in golden["images"]:
+        copies = [copy.deepcopy(part).float() for part in parts]
+        table_float32.append(step_losses(x.float(), *copies)[-1])
+        loss, d_loss, d_terms, row = step_losses(x.double(), *parts)
+        table.append(row)
         lecam.advance(d_terms["logits_real"], d_terms["logits_fake"])
-        optimizers[1].zero_grad()
-        d_loss.backward()
-        optimizers[1].step()
+        gradients = torch.autograd.grad(loss, list(tokenizer.parameters()))
+        d_gradients = torch.autograd.grad(d_loss, list(discriminator.parameters()))
+        for parameter, gradient in zip(modules.parameters(), (*gradients, *d_gradients), strict=True):
+            parameter.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
         losses.update_ema(list(averages.parameters()), list(modules.parameters()))
-        names = ("l1", "lpips", "sample_entropy", "codebook_entropy", "commitment")
-        row = [loss, *(terms[name] for name in names), d_loss, d_terms["lecam"]]
-        table.append(torch.stack([value.detach().double() for value in row]))
-    return golden, torch.stack(table), modules, averages
+    return golden, torch.stack(table), torch.stack(table_float32), modules, averages
 
 
-def test_golden_trajectory_float64():
-    golden, table, modules, averages = trajectory(torch.float64)
+def test_golden_trajectory_in_float64(trajectory):
+    golden, table, _, modules, averages = trajectory
     assert torch.allclose(table, golden["table"], rtol=1e-6, atol=0)
     for prefix, module in (("param.", modules), ("ema.", averages)):
         entries = dict(module.named_parameters())
@@ -145,12 +152,11 @@ def test_golden_trajectory_float64():
                 assert relative(ours, golden[name]) < 1e-8, name
 
 
-def test_golden_trajectory_float32():
-    golden, table, _, _ = trajectory(torch.float32)
-    assert torch.allclose(table[0], golden["table"][0], rtol=1e-4, atol=0)
-    error = (table / golden["table"] - 1).abs()
-    assert error[:, 3].max() < 5e-2
-    assert error[:, [0, 1, 2, 4, 5, 6, 7]].max() < 1e-3
+def test_golden_losses_in_float32(trajectory):
+    """At every step of the float64 run. A run of its own would leave it: a unit of the discriminator lies so
+    close to its LeakyReLU's corner that rounding decides on 0.3 % of a gradient, and Adam takes that up."""
+    golden, _, table, _, _ = trajectory
+    assert torch.allclose(table, golden["table"], rtol=1e-4, atol=0)
 
 
 # Reading LPIPS weights -------------------------------------------------------------------------------------

@@ -16,8 +16,6 @@ from ar_model import ARConfig, ARTransformer, clip_gradients, cross_entropies
 from passes import Gradients, Graphs
 from runtime import Runtime
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def network():
     torch.manual_seed(0)
@@ -128,7 +126,7 @@ def trained(enabled, world, half, steps=8):
     return losses, list(model.parameters()), graphs
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("world, half", [(1, False), (2, False), (1, True)])  # two: gradients in a buffer
 def test_graphs_change_nothing(world, half):
     """Losses and weights, dropout included; a graph that was dropped is recorded again."""
@@ -161,7 +159,7 @@ for name, warm_up in ("plain", 99), ("graphs", 3):
 """
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_with_graphs(script, tmp_path):
     """Every loss of every step, with an evaluation between; how far weights move; BatchNorm's counts."""

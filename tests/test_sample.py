@@ -1,21 +1,19 @@
 import dataclasses
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import fails_with_one_line, run
 
 import sample
 from ar_model import ARConfig, ARTransformer
 from runtime import UserError
 from tokenizer import Tokenizer, TokenizerConfig
 
-ROOT = Path(__file__).parent.parent
 CONFIG = ARConfig(width=32, heads=2, spatial_layers=1, intra_layers=1, grid=4, num_classes=5)
 NAMES = ["A", "B", "cat", "0", "odd/name"]
 PAPER_B = {"cfg_scale": (1.9, 2.0)}  # temperature 1, no filter
@@ -71,22 +69,6 @@ def files(models, tmp_path_factory):
     return {name: str(folder / f"{name}.pt") for name in contents}
 
 
-def command(*flags, processes=1, check=True):
-    """sample.py as a user runs it."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "sample.py"), *map(str, flags)],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
 def inside(monkeypatch, *flags):
     """sample.py's main() in this process: quicker, and its errors are exceptions."""
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
@@ -112,8 +94,8 @@ def bytes_below(folder):
 
 def test_npz_is_the_same_from_one_process_and_two(models, files, tmp_path):
     flags = ["--model", files["whole"], "--count", 11, "--batch", 4, "--seed", 5]
-    one = command(*flags, "--out", tmp_path / "one.npz")
-    two = command(*flags, "--out", tmp_path / "two.npz", processes=2)
+    one = run("sample.py", *flags, "--out", tmp_path / "one.npz")
+    two = run("sample.py", *flags, "--out", tmp_path / "two.npz", processes=2)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     with np.load(tmp_path / "one.npz", allow_pickle=False) as file:
         assert file.files == ["arr_0"]
@@ -121,8 +103,8 @@ def test_npz_is_the_same_from_one_process_and_two(models, files, tmp_path):
     assert pictures.dtype == np.uint8 and pictures.shape == (11, 8, 8, 3)
     np.testing.assert_array_equal(pictures, expected(models, [i % 5 for i in range(11)], 4, PAPER_B, seed=5))
     assert len(np.unique(pictures.reshape(11, -1), axis=0)) == 11
-    for run in (one, two):  # and none is made twice
-        assert "made 11 pictures in" in run.stdout and "images/s" in run.stdout
+    for done in (one, two):  # and none is made twice
+        assert "made 11 pictures in" in done.stdout and "images/s" in done.stdout
     assert sorted(os.listdir(tmp_path)) == ["one.npz", "one.npz.json", "two.npz", "two.npz.json"]
     settings = json.loads((tmp_path / "one.npz.json").read_text())
     assert settings["cfg_scale"] == [1.9, 2.0] and settings["count"] == 11 and settings["seed"] == 5
@@ -132,7 +114,7 @@ def test_folder_is_the_same_from_one_process_and_two_and_goes_on(
     models, files, tmp_path, monkeypatch, capsys
 ):
     flags = ["--model", files["whole"], "--classes", "cat,odd/name", "--batch", 3]
-    command(*flags, "--count", 7, "--out", tmp_path / "two", processes=2)
+    run("sample.py", *flags, "--count", 7, "--out", tmp_path / "two", processes=2)
     one = tmp_path / "one"
     inside(monkeypatch, *flags, "--count", 5, "--out", one)
     inside(monkeypatch, *flags, "--count", 7, "--out", one)  # more of the same
@@ -188,7 +170,8 @@ def test_a_stopped_npz_goes_on(files, tmp_path, monkeypatch, capsys):
 def test_grid(models, files, tmp_path, monkeypatch):
     """A row a class in the order asked; a name goes before a number: "0" is the class named so, 1 is B."""
     out = tmp_path / "new" / "grid.png"
-    done = command("--model", files["whole"], "--classes", "cat,0,1", "--per-class", 2, "--out", out)
+    flags = ["--model", files["whole"], "--classes", "cat,0,1", "--per-class", 2, "--out", out]
+    done = run("sample.py", *flags)
     assert "rows: cat, 0, B" in done.stdout
     sheet = np.asarray(Image.open(out))
     truth = expected(models, [2, 3, 1, 2, 3, 1], 50, SHOW)
@@ -299,9 +282,8 @@ def test_flags_out_of_range(flags, monkeypatch, capsys):
 
 
 def test_an_error_is_one_line_and_exit_code_2(files, tmp_path):
-    done = command("--model", files["bare"], "--out", tmp_path / "x", check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("sample.py: ") and done.stderr.count("\n") == 1
+    line = fails_with_one_line("sample.py", "--model", files["bare"], "--out", tmp_path / "x")
+    assert line.startswith("sample.py: ")
     assert not (tmp_path / "x").exists()
 
 

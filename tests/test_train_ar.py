@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from scripts import assert_equal, fails_with_one_line, log_lines, run, start, wait_for
+from scripts import assert_equal, fails_with_one_line, log_lines, names_in, run, start, wait_for
 
 from ar_model import load_ar
 from checkpoint import read_weights, write_atomically
@@ -52,7 +52,7 @@ def final(out):
 
 def test_what_a_run_leaves(whole, codes):
     names = ["config.json", "log.jsonl", "samples", "step_00000007.pt", "step_00000008.pt"]
-    assert sorted(path.name for path in whole.iterdir()) == names
+    assert names_in(whole) == names
     lines = log_lines(whole)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
