@@ -275,8 +275,8 @@ def parse_with_presets(arguments, presets, argv=None):
 
 
 def run_script(main):
-    """Run a script's main(); a UserError, a full disk or a file that may not be touched ends in one line and
-    exit code 2, no traceback.
+    """Run a script's main(); a UserError, a full disk or a file that cannot be read or written ends in one line
+    and exit code 2, no traceback.
 
     Whatever ends it, the process leaves at once: others may wait inside a collective for this one (torchrun
     then ends them), and Python would wait at its exit for loader processes, which leave signals to this
@@ -290,8 +290,7 @@ def run_script(main):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             name = error.filename or "a file"
             _fail(f"the disk is full: could not write {name}; free some space and run again")
-        forbidden = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
-        if error.errno in forbidden and error.filename:
+        if error.filename:
             _fail(f"cannot read or write {error.filename}: {error.strerror}")
         _fail(traceback.format_exc(), code=1)
     except KeyboardInterrupt:
@@ -407,11 +406,12 @@ class RunLog:
     def __init__(self, rt, folder, total, first_step, images_a_step):
         self.rt, self.total, self.images_a_step = rt, total, images_a_step
         self.last_time, self.last_step = time.perf_counter(), first_step
-        self.board = self.bar = None
+        self.board, self.bar, self.noted = None, None, set()  # noted: steps with a note on file
         if not rt.main:
             return
         self.path = Path(folder) / "log.jsonl"
         kept = [line for line in _lines(self.path) if line["step"] <= first_step]
+        self.noted = {line["step"] for line in kept if "images_per_second" not in line}
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -445,6 +445,10 @@ class RunLog:
         self.rt.say(f"step {step} " + " ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.write(step, **values)
         self.last_time, self.last_step = time.perf_counter(), step
+
+    def has_note(self, step):
+        """Whether a run that this one goes on from has noted that step; the same on every rank."""
+        return self.rt.share(step in self.noted)
 
     def write(self, step, **values):
         """Append a JSON line, and TensorBoard scalars."""

@@ -247,10 +247,28 @@ def main():
         saved = save_checkpoint(out, content, keep_every=args.keep_every) if rt.main else path
         return rt.share(saved)
 
+    def evaluates(step):
+        return step % args.eval_every == 0 or step == total
+
+    def evaluate(step):
+        graphs.forget()
+        # Blocks are compiled for training's batches: others, and single tokens, would be compiled anew.
+        with torch.compiler.set_stance("force_eager"):
+            if val_codes:
+                pre, post = validation_losses(rt, model, val_codes, parts, args)
+                log.note(step, val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)
+            drawing = unsharded(rt, model) if args.shard else model
+            if rt.main:
+                show_samples(rt, drawing, tokenizer, args, out / "samples" / f"step_{step:08d}.png")
+        rt.barrier()
+        model.train()
+
     order = data.SampleOrder(len(codes), args.seed)
     log = runtime.RunLog(rt, out, total, first, args.global_batch)
     stop, guard = runtime.StopSignal(rt), runtime.FiniteGuard(rt.device)
     model.train()
+    if first and evaluates(first) and not log.has_note(first):
+        evaluate(first)  # the run ended between the save and the end of its evaluation
     for step in range(first, total):
         lr = learning_rate(step, args.lr, 1, total, warmup)
         for group in optimizer.param_groups:
@@ -277,7 +295,7 @@ def main():
         means = torch.stack(terms).mean(0)
         guard.watch(step + 1, means.sum())
 
-        # Log, evaluate, save, leave
+        # Log, save, evaluate, leave
         done = step + 1
         log.tick()
         if done % args.log_every == 0 or done == total:
@@ -292,20 +310,11 @@ def main():
                 grad_norm=norm.item(),
                 lr=lr,
             )
-        if done % args.eval_every == 0 or done == total:
-            graphs.forget()
-            if val_codes:
-                pre, post = validation_losses(rt, model, val_codes, parts, args)
-                log.note(done, val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)
-            drawing = unsharded(rt, model) if args.shard else model
-            if rt.main:
-                show_samples(rt, drawing, tokenizer, args, out / "samples" / f"step_{done:08d}.png")
-            del drawing
-            rt.barrier()
-            model.train()
         leaving = stop.agreed() and done < total
-        if done % args.save_every == 0 or done == total or leaving:
-            path = save(done)
+        if done % args.save_every == 0 or evaluates(done) or leaving:
+            path = save(done)  # before the evaluation: what goes wrong there loses no step
+        if evaluates(done):
+            evaluate(done)
         if leaving:
             rt.say(
                 f"stopped by a signal after step {done}; saved {path}. Run the same command again to go on."

@@ -247,6 +247,14 @@ def main():
         rt.barrier()
         return rt.share(saved)
 
+    def evaluates(step):
+        return step % args.eval_every == 0 or step == total
+
+    def evaluate(step):
+        graphs.forget()
+        picture = out / "samples" / f"step_{step:08d}.png"
+        log.note(step, **measure(rt, average["tokenizer"], val_pictures, args, picture))
+
     log = runtime.RunLog(rt, out, total, first, args.global_batch)
     stop, guard, bad = runtime.StopSignal(rt), runtime.FiniteGuard(rt.device), data.BadPictures(pictures)
     batches = data.training_batches(
@@ -261,6 +269,8 @@ def main():
         args.workers,
     )
     trained.train()
+    if first and evaluates(first) and not log.has_note(first):
+        evaluate(first)  # the run ended between the save and the end of its evaluation
     for step, micro_batches in enumerate(batches, first):
         epoch = step // epoch_steps
         lr = args.lr * 0.1 ** sum(step >= drop * epoch_steps for drop in args.lr_drops)
@@ -300,22 +310,18 @@ def main():
         losses.update_ema(list(average.parameters()), list(trained.parameters()), args.ema)
         guard.watch(step + 1, means["generator"] + means.get("discriminator", 0))
 
-        # Log, evaluate, save, leave
+        # Log, save, evaluate, leave
         done = step + 1
         log.tick()
         if done % args.log_every == 0 or done == total:
             guard.check(rt, path)
             bad.check(rt.reduce([bad.count])[0], epoch + 1)
             log.line(done, **{name: value.item() for name, value in means.items()}, lr=lr)
-        if done % args.eval_every == 0 or done == total:
-            graphs.forget()
-            found = evaluate(
-                rt, average["tokenizer"], val_pictures, args, out / "samples" / f"step_{done:08d}.png"
-            )
-            log.note(done, **found)
         leaving = stop.agreed() and done < total
-        if done % args.save_every == 0 or done == total or leaving:
-            path = save(done)
+        if done % args.save_every == 0 or evaluates(done) or leaving:
+            path = save(done)  # before the evaluation: what goes wrong there loses no step
+        if evaluates(done):
+            evaluate(done)
         if leaving:
             rt.say(
                 f"stopped by a signal after step {done}; saved {path}. Run the same command again to go on."
@@ -327,7 +333,7 @@ def main():
 
 
 @torch.no_grad()
-def evaluate(rt, tokenizer, pictures, args, grid_path):
+def measure(rt, tokenizer, pictures, args, grid_path):
     """Mean PSNR per picture (dB, truncated uint8) and codebook use of the averaged weights over validation
     pictures, shared out over ranks; the main process also writes the first eight, original above
     reconstruction."""

@@ -21,6 +21,12 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True)
+def the_same_draws():
+    """Whichever tests ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def no_gpu(request, monkeypatch):
     """Code run in this process sees no accelerator; scripts.py sees to processes of their own."""
     if not request.node.get_closest_marker("gpu"):

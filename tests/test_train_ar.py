@@ -79,6 +79,16 @@ def test_interrupted_run_ends_with_the_same_weights(whole, flags, tmp_path, numb
     assert log_lines(tmp_path) == log_lines(whole)
 
 
+def test_what_goes_wrong_in_an_evaluation_loses_no_step(whole, flags, tmp_path):
+    (tmp_path / "samples").write_text("no folder")
+    line = fails_with_one_line("train_ar.py", *flags, "--save-every", 1000, "--out", tmp_path)
+    assert "samples: File exists" in line
+    (tmp_path / "samples").unlink()
+    assert "at step 4" in run("train_ar.py", *flags, "--out", tmp_path).stdout
+    assert_equal(final(tmp_path), final(whole))
+    assert log_lines(tmp_path) == log_lines(whole)
+
+
 def test_two_processes_equal_two_micro_batches(whole, flags, tmp_path):
     run("train_ar.py", *flags, "--out", tmp_path, processes=2)
     ours, theirs = final(tmp_path)["model"], final(whole)["model"]

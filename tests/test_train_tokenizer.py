@@ -98,6 +98,21 @@ def test_torn_checkpoint_is_passed_over(whole, tmp_path):
     assert_equal(without_folder(final(tmp_path)), without_folder(final(whole)))
 
 
+def test_what_goes_wrong_in_an_evaluation_loses_no_step(whole, tmp_path):
+    """Not even of its log: the run that goes on makes up for the evaluation."""
+    (tmp_path / "samples").write_text("no folder")
+    line = fails_with_one_line("train_tokenizer.py", *TINY, "--save-every", 1000, "--out", tmp_path)
+    assert line == f"train_tokenizer.py: cannot read or write {tmp_path / 'samples'}: File exists"
+    (tmp_path / "samples").unlink()
+    assert "at step 4" in run("train_tokenizer.py", *TINY, "--out", tmp_path).stdout
+    assert_equal(without_folder(final(tmp_path)), without_folder(final(whole)))
+    assert log_lines(tmp_path) == log_lines(whole)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "step_00000004.png",
+        "step_00000008.png",
+    ]
+
+
 def test_two_processes_equal_two_micro_batches(whole, tmp_path):
     run("train_tokenizer.py", *TINY, "--out", tmp_path, processes=2)
     ours, theirs = final(tmp_path), final(whole)
