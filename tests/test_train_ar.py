@@ -1,3 +1,4 @@
+import functools
 import os
 import shutil
 import signal
@@ -175,6 +176,16 @@ def test_checkpointed_activations_change_nothing(processes, whole, sharded, flag
     plain = final(sharded if processes == 2 else whole)
     assert_equal(final(tmp_path)["model"], plain["model"])
     assert_equal(final(tmp_path)["optimizer"], plain["optimizer"])
+
+
+def _compile_without_a_compiler():
+    torch.compile = functools.partial(torch.compile, backend="eager")
+
+
+def test_evaluation_compiles_nothing_anew(flags, tmp_path):
+    """Its last batch is smaller, and samples are drawn token by token: torch would give up, and say so."""
+    done = run("train_ar.py", *flags, "--compile", "--out", tmp_path, prepare=_compile_without_a_compiler)
+    assert done.stderr == ""
 
 
 def test_dropout_is_a_function_of_the_seed(whole, flags, tmp_path):
