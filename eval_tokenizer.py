@@ -5,7 +5,7 @@
     python eval_tokenizer.py --tokenizer runs/tokenizer --data glyphs:2000 --size 32       # own run, built-in pictures
 
 Every picture is resized and centre-cropped to --size, encoded and decoded. Out come, with the protocol behind
-them: rFID, PSNR (per picture, and as published), SSIM, LPIPS with VGG and with AlexNet, the share of the 2^K
+them: rFID, PSNR and SSIM (each plain, and as published), LPIPS with VGG and with AlexNet, the share of the 2^K
 codes that occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above
 reconstruction).
 """
@@ -22,8 +22,17 @@ from losses import load_lpips
 from runtime import UserError
 from tokenizer import load_tokenizer
 
-NUMBERS = ["pictures", "rFID", "PSNR", "PSNR published", "SSIM", "LPIPS VGG", "LPIPS AlexNet", "codebook use"]
-NUMBERS += ["bits per pixel"]
+NUMBERS = [
+    "pictures",
+    "rFID",
+    "PSNR",
+    "PSNR published",
+    "SSIM",
+    "SSIM published",
+    "LPIPS VGG",
+    "LPIPS AlexNet",
+]
+NUMBERS += ["codebook use", "bits per pixel"]
 PUBLISHED_BATCH = 4  # the published PSNR is taken over mini-batches of so many pictures
 
 
@@ -74,6 +83,13 @@ def if_there(load, *arguments):
         return None, f"not computed ({reason})"
 
 
+def published_original(images, rounding=False):
+    """The original that the published PSNR and SSIM compare with: uint8 -> uint8, by the float way that the
+    reconstruction takes too. Truncated, its grey levels 1 to 95 come out one lower."""
+    x = (images.double() / 127.5 - 1).float()  # rounded to float32 after all, as published
+    return data.to_uint8(x, rounding)
+
+
 def published_psnr(per_picture):
     """PSNR of each mini-batch of 4, from its mean squared error, in dB: (N,) per picture, in order -> (ceil(N
     / 4),). Averaged, it lies below the mean over pictures."""
@@ -102,16 +118,18 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
         bad.add(unreadable)
         if len(images) == 0:
             continue
+        published = published_original(images, args.rounding).to(rt.device)
         images = images.to(rt.device)
         x = data.to_float(images)
         with runtime.autocast(rt.device, args.precision):
             y, indices, _ = tokenizer(x)
         y = y.float().clamp(-1, 1)
         rebuilt = data.to_uint8(y, args.rounding)
-        columns = [psnr(images, rebuilt), ssim(images, rebuilt)]
+        originals = (images, published)
+        columns = [score(original, rebuilt) for score in (psnr, ssim) for original in originals]
         with exact_float32(rt.device):
             columns += [lpips(x, y).flatten().double() for lpips in perceptual.values()]
-        rows.append(torch.stack(columns, 1))  # (b, 2 + len(perceptual))
+        rows.append(torch.stack(columns, 1))  # (b, 4 + len(perceptual))
         if inception:
             # As floats: the published rFID never passes through uint8.
             of_originals.add(inception((x + 1) / 2, "half-pixel")[0])
@@ -124,7 +142,7 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
     bad.check(bad_count)
     used = sum(rt.reduce(seen, "max"))
     moments = (*of_originals.over_ranks(rt), *of_rebuilt.over_ranks(rt)) if inception else None
-    rows = gather_rows(rt, rows, 2 + len(perceptual))
+    rows = gather_rows(rt, rows, 4 + len(perceptual))
     if not rt.main:
         return None
     numbers, notes = {"pictures": len(rows)}, {"pictures": f"{bad_count} unreadable ones left out"}
@@ -133,13 +151,13 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
         notes["rFID"] = "" if len(rows) >= 2048 else "biased upwards: fewer than 2048 pictures"
     for name, values, of in (
         ("PSNR", rows[:, 0], "dB, mean over pictures"),
-        ("PSNR published", published_psnr(rows[:, 0]), f"dB, mean over mini-batches of {PUBLISHED_BATCH}"),
+        ("PSNR published", published_psnr(rows[:, 1]), f"dB, mean over mini-batches of {PUBLISHED_BATCH}"),
     ):
         numbers[name], infinite = finite_mean(values)
         notes[name] = of + (
             f"; {infinite} are infinite (given back exactly), not averaged" if infinite else ""
         )
-    for column, name in enumerate(["SSIM", *perceptual], 1):
+    for column, name in enumerate(["SSIM", "SSIM published", *perceptual], 2):
         numbers[name] = rows[:, column].mean().item()
     numbers["codebook use"] = used / len(seen)
     notes["codebook use"] = f"{used:.0f} of {len(seen)} codes occur"
@@ -176,7 +194,7 @@ def main():
         "pictures": f"{args.data}, short side resized to {args.size}, centre crop {args.size}x{args.size}",
         "rFID": "float originals, float reconstructions clamped; convention half-pixel (as pytorch-fid)",
         "inception": weights_in_words(sha256) if inception else "none",
-        "PSNR, SSIM": f"uint8, {'rounded' if args.rounding else 'truncated'}, data range 1",
+        "PSNR, SSIM": f"uint8, {'rounded' if args.rounding else 'truncated'}, data range 1; published: originals too",
         "LPIPS": "version 0.1, floats, reconstructions clamped",
         "device": f"{rt.device.type} x {rt.world}, tokenizer in {args.precision}, torch {torch.__version__}",
     }

@@ -106,6 +106,14 @@ def test_published_psnr_golden(monkeypatch):
     assert ours.tolist() == pytest.approx([golden["psnr_whole_batch"].item()], abs=2e-6)
 
 
+def test_published_originals():
+    """Grey levels 1 to 95 come out one lower; rounded, none."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    lowered = levels.int() - eval_tokenizer.published_original(levels).int()
+    assert lowered.tolist() == [0] + [1] * 95 + [0] * 160
+    assert torch.equal(eval_tokenizer.published_original(levels, rounding=True), levels)
+
+
 def test_published_psnr_is_of_fours():
     psnr = torch.tensor([10.0, 20, 30, 40, 50, 60], dtype=torch.float64)
     expected = [-10 * math.log10((0.1 + 0.01 + 0.001 + 0.0001) / 4), -10 * math.log10((1e-5 + 1e-6) / 2)]
@@ -135,10 +143,14 @@ def test_every_number_on_two_processes(files, tmp_path):
     y, indices = rebuilt(files.average, images)
     y_uint8 = (255 * (y + 1) / 2).to(torch.uint8)  # truncated
     error = errors(images, y_uint8)
-    fours = [-10 * math.log10(error[:4].mean()), -10 * math.log10(error[4:].mean())]
+    lower = images - ((images >= 1) & (images <= 95)).byte()  # the originals of the published numbers
+    published = errors(lower, y_uint8)
+    fours = [-10 * math.log10(published[:4].mean()), -10 * math.log10(published[4:].mean())]
     assert found["PSNR"] == pytest.approx((-10 * np.log10(error)).mean(), rel=1e-6)
     assert found["PSNR published"] == pytest.approx(np.mean(fours), rel=1e-6)
     assert found["SSIM"] == pytest.approx(fid.ssim(images, y_uint8).mean().item(), rel=1e-6)
+    assert found["SSIM published"] == pytest.approx(fid.ssim(lower, y_uint8).mean().item(), rel=1e-6)
+    assert abs(found["SSIM published"] - found["SSIM"]) > 1e-6
     x = images / 127.5 - 1
     for name, network in (("LPIPS VGG", "vgg"), ("LPIPS AlexNet", "alex")):
         assert found[name] == pytest.approx(files.lpips[network](x, y).mean().item(), rel=1e-5)
