@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -282,6 +283,7 @@ def run_script(main):
     then ends them), and Python would wait at its exit for loader processes, which leave signals to this
     process.
     """
+    warnings.formatwarning = lambda message, *_, **__: f"{Path(sys.argv[0]).name}: warning: {message}\n"
     try:
         main()
     except UserError as error:

@@ -10,6 +10,8 @@ Letters: B batch, K bits (latent channels), C channels, H W pixels, h w latent g
 """
 
 import contextlib
+import re
+import warnings
 from dataclasses import asdict, dataclass
 
 import torch
@@ -313,6 +315,14 @@ def entries_of(content, source):
     return dict(entries)
 
 
+# What else a released tokenizer file holds: LPIPS, and the discriminator (of those pretrained at scale, another one).
+_OF_TRAINING = re.compile(
+    r"loss\.perceptual_loss\.(scaling_layer\.(shift|scale)|net\.slice[1-5]\.\d+\.(weight|bias)|lin[0-4]\.model\.1\.weight)"
+    r"|loss\.discriminator\.main\.\d+\.(weight|bias|running_mean|running_var|num_batches_tracked)"
+    r"|loss\.discriminator\.(block_in\.0|blocks\.[0-2]\.[0-2]|to_logits\.[02])\.(weight|bias|kernel)"
+)
+
+
 def _weights_of(entries, source, ema):
     """The `encoder.*` and `decoder.*` entries to use among those of a released file."""
     carried = _strip(entries, "first_stage_model.")
@@ -324,20 +334,26 @@ def _weights_of(entries, source, ema):
             weights[name] = value
         elif name.startswith("model_ema."):
             averages[name.removeprefix("model_ema.")] = value
-        elif not name.startswith(("loss.discriminator.", "loss.perceptual_loss.")):
+        elif not _OF_TRAINING.fullmatch(name):
             other.append(name)
     if other:
         raise UserError(f"{source} is no tokenizer file: entry {other[0]} is unexpected")
     _match_tokenizer(weights, source, _config_of(weights, source))
+    if ema and not averages:
+        warnings.warn(
+            f"{source} holds no moving average (model_ema.*): its weights are used as they stand",
+            stacklevel=3,
+        )
     if not (ema and averages):
         return weights
     # Released files: an average is named like its parameter with every dot removed.
-    expected = {name.replace(".", ""): value for name, value in weights.items()}
-    found = {
+    discriminator = {
         name: value
-        for name, value in averages.items()
-        if name not in ("decay", "num_updates") and not name.startswith("lossdiscriminator")
+        for name, value in entries.items()
+        if name.startswith("loss.discriminator.") and name.endswith((".weight", ".bias"))
     }
+    expected = {name.replace(".", ""): value for name, value in (weights | discriminator).items()}
+    found = {name: value for name, value in averages.items() if name not in ("decay", "num_updates")}
     match(found, expected, f"{source} (under model_ema.)", "the moving average of its weights")
     return {name: found[name.replace(".", "")] for name in weights}
 

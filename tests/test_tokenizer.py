@@ -1,4 +1,5 @@
 import pickle
+import warnings
 from dataclasses import asdict
 
 import pytest
@@ -108,6 +109,12 @@ KEY = "decoder.up.3.block.1.conv2.weight"
             ["model_ema.", "entry strange is unexpected"],
         ),
         (lambda e: e.update({"strange.thing": torch.ones(3)}), ["strange.thing", "unexpected"]),
+        (lambda e: e.update({"loss.discriminator.x": torch.ones(3)}), ["loss.discriminator.x", "unexpected"]),
+        (
+            lambda e: e.update({"loss.perceptual_loss.lin5.model.1.weight": torch.ones(3)}),
+            ["lin5", "unexpected"],
+        ),
+        (lambda e: e.pop("model_ema.lossdiscriminatormain3bias"), ["lossdiscriminatormain3bias is missing"]),
     ],
 )
 def test_a_wrong_entry_is_named(tmp_path, change, words):
@@ -117,6 +124,19 @@ def test_a_wrong_entry_is_named(tmp_path, change, words):
     for word in [*words, "x.ckpt"]:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_without_averages_says_so(tmp_path):
+    def change(entries):
+        for name in [name for name in entries if name.startswith("model_ema.")]:
+            del entries[name]
+
+    path = released_file(tmp_path / "x.ckpt", "128_L", change)
+    with pytest.warns(UserWarning, match=r"x.ckpt holds no moving average .* as they stand"):
+        assert values(tk.load_tokenizer(path)) == {1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert values(tk.load_tokenizer(path, ema=False)) == {1.0}
 
 
 def test_a_missing_entry_names_the_size(tmp_path):
@@ -178,7 +198,7 @@ def test_the_first_level_may_be_wider_than_the_first_convolution(tmp_path):
     assert shapes["down.0.block.0.conv1.weight"] == (64, 32, 3, 3)
     assert shapes["down.0.block.0.nin_shortcut.weight"] == (64, 32, 1, 1)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
-    loaded = tk.load_tokenizer(tmp_path / "bare.pt")
+    loaded = tk.load_tokenizer(tmp_path / "bare.pt", ema=False)
     assert loaded.config == config
     images = torch.rand(1, 3, 8, 8)
     assert torch.equal(loaded(images)[0], model(images)[0])
