@@ -17,7 +17,7 @@ import torch
 import data
 import runtime
 from fid import Moments, frechet_distance, gather_rows, progress, psnr, ssim
-from inception import exact_float32, load_inception, weights_in_words
+from inception import load_inception, weights_in_words
 from losses import load_lpips
 from runtime import UserError
 from tokenizer import load_tokenizer
@@ -127,7 +127,7 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
         rebuilt = data.to_uint8(y, args.rounding)
         originals = (images, published)
         columns = [score(original, rebuilt) for score in (psnr, ssim) for original in originals]
-        with exact_float32(rt.device):
+        with runtime.exact_float32(rt.device):
             columns += [lpips(x, y).flatten().double() for lpips in perceptual.values()]
         rows.append(torch.stack(columns, 1))  # (b, 4 + len(perceptual))
         if inception:

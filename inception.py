@@ -14,7 +14,6 @@ Letters: B batch, C channels, H W pixels, h w feature map.
 """
 
 import hashlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import checkpoint
-from runtime import UserError
+from runtime import UserError, exact_float32
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the last word is the start of its SHA-256
 INCEPTION_ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -178,18 +177,6 @@ class InceptionV3(nn.Module):
                     spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 7, 17, 17) -> (B, 17*17*7)
             pool = x.mean((2, 3))  # (B, 2048, 8, 8) -> (B, 2048)
             return pool, spatial, F.linear(pool, self.fc.weight)
-
-
-@contextmanager
-def exact_float32(device):
-    """Float32 that means it. TF32 is on by default in cuDNN and moves pool features by percents."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def network_input(pictures, convention):

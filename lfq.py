@@ -19,6 +19,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
+from runtime import exact_float32
+
 fused_entropy = None
 if torch.cuda.is_available():  # Triton kernels
     with contextlib.suppress(ImportError):
@@ -96,7 +98,7 @@ def _terms(z, scale, eps, global_batch):
     gradient by percents.
     """
     tokens, bits = z.shape
-    with _exactly(z.device):
+    with exact_float32(z.device):
         logits, patterns = z * scale, _patterns(bits, z.device, z.dtype)
         # log p and log q, both from the logit: exact also where the probability rounds to 0 or 1.
         logs = logsigmoid(torch.cat([logits, -logits], 1))  # (N, 2 K)
@@ -130,7 +132,7 @@ def _fused_terms(z, scale, eps, global_batch):
     tokens, bits = z.shape
     tables, entropies = fused_entropy.tables_of(z, scale)
     low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
-    with _exactly(z.device):
+    with exact_float32(z.device):
         total = high.T @ low
         if global_batch:
             dist.all_reduce(total)
@@ -140,18 +142,6 @@ def _fused_terms(z, scale, eps, global_batch):
         torch.mm(high, of_mean, out=of_tables[:, : low.shape[1]])
         torch.mm(low, of_mean.T, out=of_tables[:, low.shape[1] :])
     return (entropies.mean(), codebook_entropy), fused_entropy.gradients(z, tables, of_tables, scale)
-
-
-@contextlib.contextmanager
-def _exactly(device):
-    """Neither autocast nor TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):

@@ -5,6 +5,7 @@ Every script of this project starts with `runtime.start()` and so runs unchanged
 """
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import errno
@@ -182,15 +183,40 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
+def rounding_switches(device):
+    """(object, attribute) that allow float32 products and convolutions to round what they take: TF32 of a GPU,
+    HF32 of an NPU. For convolutions both are on by default."""
+    if device.type == "npu":
+        return [(torch.npu.conv, "allow_hf32"), (torch.npu.matmul, "allow_hf32")]
+    return [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")]
+
+
+@contextlib.contextmanager
+def exact_float32(device):
+    """float32 that means it: neither autocast nor rounded products, which would move the quantizer's gradient
+    and Inception's features by percents."""
+    switches = rounding_switches(device)
+    before = [getattr(*switch) for switch in switches]
+    for switch in switches:
+        setattr(*switch, False)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            setattr(*switch, allowed)
+
+
 def set_precision(rt, precision):
-    """The precision to use: `precision`, or bf16 on an accelerator and fp32 on a CPU where it is None.
-    "fp32" means it: TF32 is switched off, for convolutions too (torch has that on by default)."""
+    """The precision to use: `precision`, or bf16 on an accelerator and fp32 on a CPU where it is None. "fp32"
+    means it, in products and convolutions too."""
     precision = precision or ("fp32" if rt.device.type == "cpu" else "bf16")
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}'; choose one of {', '.join(PRECISIONS)}")
     if precision == "fp16" and rt.device.type == "cpu":
         raise UserError("fp16 needs an accelerator; on a CPU use --precision fp32 or bf16")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    for switch in rounding_switches(rt.device):
+        setattr(*switch, precision != "fp32")
     return precision
 
 
