@@ -217,6 +217,8 @@ def set_precision(rt, precision):
         raise UserError("fp16 needs an accelerator; on a CPU use --precision fp32 or bf16")
     for switch in rounding_switches(rt.device):
         setattr(*switch, precision != "fp32")
+    if precision == "fp32":
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # "available but not enabled": as asked
     return precision
 
 

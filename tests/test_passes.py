@@ -173,11 +173,17 @@ def test_scripts_with_graphs(script, tmp_path):
         run("train_tokenizer.py", *small.split(), "--out", tmp_path / "tokenizer")
         encode = ["--tokenizer", tmp_path / "tokenizer", "--data", "glyphs:60:AB", "--size", 24]
         run("encode.py", *encode, "--out", tmp_path / "codes")
-        flags += ["--codes", tmp_path / "codes"]
+        flags += ["--codes", tmp_path / "codes", "--val-codes", tmp_path / "codes", "--eval-pictures", 9]
     words = [sys.executable, "-c", BOTH, ROOT / script, tmp_path, *flags]
-    subprocess.run(
-        [str(word) for word in words], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300
+    done = subprocess.run(
+        [str(word) for word in words],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
     )
+    assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:]  # nor a warning
 
     assert (tmp_path / "plain" / "recorded").read_text() == ""
     # In two rounds, before and after the evaluation: the first micro-batch's, and the others'.
