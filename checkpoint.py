@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runtime import UserError
+from runtime import UserError, replacing
 
 # ---------------------------------------------------------------------------------------------------------
 # Reading
@@ -202,30 +202,22 @@ def _step_of(path):
 
 
 def write_atomically(path, content):
-    """torch.save under a temporary name, fsync, rename: readers see the old file or the whole new one.
-
-    Raises UserError where the disk is full or cannot be written to; nothing is left then.
-    """
-    path = Path(path)
-    scratch = path.with_name(path.name + ".tmp")
+    """torch.save as `runtime.replacing` writes, and onto the disk itself. Raises UserError where the disk is full or
+    cannot be written to."""
     try:
-        with open(scratch, "wb") as file:
+        with replacing(path) as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException as error:
-        scratch.unlink(missing_ok=True)
+    except Exception as error:
         # torch.save stumbles over its own half-written file and hides the reason behind a RuntimeError.
         reason = error
         while reason is not None and not isinstance(reason, OSError):
             reason = reason.__context__
-        if reason is not None:
-            raise UserError(
-                f"could not write {path}: {reason.strerror}; put that right and run again"
-            ) from None
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
+        if reason is None:
+            raise
+        raise UserError(f"could not write {path}: {reason.strerror}; put that right and run again") from None
+    folder = os.open(Path(path).parent, os.O_RDONLY)
     os.fsync(folder)  # the rename itself
     os.close(folder)
 

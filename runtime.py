@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -37,6 +38,10 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 class UserError(ValueError):
     """Something the user can put right. Scripts print its one line and exit with code 2, no traceback."""
+
+
+class Unreadable(UserError):
+    """A file that is there and cannot be read for now. Whoever went on without it would write over it."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -67,7 +72,7 @@ class Runtime:
     def say(self, *words):
         """Print on the main process only."""
         if self.main:
-            tqdm.write(" ".join(str(w) for w in words), file=sys.stdout)
+            tqdm.write(printable(" ".join(str(w) for w in words)), file=sys.stdout)
             sys.stdout.flush()
 
     def reduce(self, values, op="sum"):
@@ -78,6 +83,13 @@ class Runtime:
                 values, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=self.control
             )
         return (values / self.world if op == "mean" else values).tolist()
+
+    def union(self, flags):
+        """Element-wise `or` of a uint8 tensor of zeros and ones over all ranks."""
+        flags = flags.cpu()
+        if self.world > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return flags
 
     def share(self, thing):
         """The main process's `thing` (any small picklable object), on every rank."""
@@ -118,8 +130,12 @@ def start():
         # Where torchrun is killed by SIGKILL, its ranks would train on, beside the run that is started next.
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world = _launched("WORLD_SIZE", 1, 1)
+    rank, local_rank = _launched("RANK", 0, 0, world - 1), _launched("LOCAL_RANK", 0, 0, world - 1)
+    if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise UserError(
+            f"WORLD_SIZE is {world} without MASTER_ADDR and MASTER_PORT; launch with torchrun, or unset it"
+        )
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         count, kind = torch.accelerator.device_count(), torch.accelerator.current_accelerator().type
@@ -144,6 +160,16 @@ def start():
         )
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
     return Runtime(device, rank, world, local_rank, control)
+
+
+def _launched(name, default, lowest, highest=10**6):
+    """A number that torchrun puts into the environment."""
+    text = os.environ.get(name, str(default))
+    try:
+        return at_least(lowest, highest=highest)(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        found = f"{name}={text}, with WORLD_SIZE={os.environ.get('WORLD_SIZE', 'unset')}"
+        raise UserError(f"the environment holds {found}: launch with torchrun, or unset it") from None
 
 
 def _fresh_store(rank, world):
@@ -218,7 +244,9 @@ def set_precision(rt, precision):
     for switch in rounding_switches(rt.device):
         setattr(*switch, precision != "fp32")
     if precision == "fp32":
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # "available but not enabled": as asked
+        warnings.filterwarnings(
+            "ignore", "TensorFloat32 tensor cores"
+        )  # "available but not enabled": as asked
     return precision
 
 
@@ -248,14 +276,15 @@ def parser(description, examples):
     return OneLine(description=description, epilog=f"examples:\n{examples}", formatter_class=Format)
 
 
-def at_least(lowest, kind=int, highest=math.inf):
-    """An argparse type: a finite number from `lowest` to `highest`."""
+def at_least(lowest, kind=int, highest=None):
+    """An argparse type: a number from `lowest` to `highest` (without one: what no computation overflows with)."""
+    highest = highest if highest is not None else 10**10 if kind is int else 1e30
 
     def number(text):
         value = kind(text)
-        if not (lowest <= value <= highest and abs(value) < math.inf):
-            limits = f"at least {lowest}" if highest == math.inf else f"{lowest} to {highest}"
-            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+        if not lowest <= value <= highest:
+            limit = f"at most {highest}" if value > highest else f"at least {lowest}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
         return value
 
     number.__name__ = kind.__name__  # argparse names it where the text is no number
@@ -311,7 +340,13 @@ def run_script(main):
     then ends them), and Python would wait at its exit for loader processes, which leave signals to this
     process.
     """
-    warnings.formatwarning = lambda message, *_, **__: f"{Path(sys.argv[0]).name}: warning: {message}\n"
+    name = Path(sys.argv[0]).name
+    warnings.formatwarning = lambda message, *_, **__: printable(f"{name}: warning: {message}") + "\n"
+    for descriptor, stream in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        if getattr(sys, stream) is None:  # closed: before a file of ours takes that number
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+            setattr(sys, stream, open(descriptor, "w" if descriptor else "r"))  # noqa: SIM115
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main()
     except UserError as error:
@@ -327,13 +362,16 @@ def run_script(main):
         _fail("interrupted", code=130)
     except Exception as error:  # noqa: BLE001 (every other one, with its traceback)
         cause = error  # while a CUDA graph is recorded, memory running out ends in another error
-        while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+        while cause is not None and not out_of_memory(cause):
             cause = cause.__context__
         if cause is not None:
-            name = Path(sys.argv[0]).name
             flag = "--micro-batch" if name.startswith("train_") else "--batch"
             advice = "" if name == "bench.py" else f", give a smaller {flag}"
-            _fail(f"out of memory on the device{advice}: {str(cause).splitlines()[0]}")
+            _fail(f"out of memory on the device{advice}: {reason_of(cause)}")
+        if "DataLoader worker" in str(error):
+            _fail(
+                f"a loader process has ended ({reason_of(error)}); give fewer --workers, 0 does without any"
+            )
         _fail(traceback.format_exc(), code=1)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -345,11 +383,46 @@ def run_script(main):
 
 
 def _fail(message, code=2):
-    rank = int(os.environ.get("RANK", "0"))
-    where = f" [rank {rank}]" if rank else ""
-    print(f"{Path(sys.argv[0]).name}{where}: {message}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    where = f" [rank {rank}]" if rank != "0" else ""
+    print(printable(f"{Path(sys.argv[0]).name}{where}: {message}"), file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
+
+
+class Output:
+    """stdout or stderr that nobody need be reading: what cannot be written is lost, and nothing else is."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")  # names may hold what the terminal's encoding lacks
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def printable(text):
+    """A text whose control characters, escape sequences of a file's name say, are spelt out; lines stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def reason_of(error):
+    """What an exception says, in one line."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return words.strip().splitlines()[0][:300]
 
 
 def split_batch(global_batch, micro_batch, world):
@@ -389,6 +462,7 @@ class StopSignal:
         self.rt, self.asked = rt, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a run does not depend on the terminal that watches it
 
     def _ask(self, number, frame):
         self.asked = True
@@ -499,15 +573,14 @@ class RunLog:
 
 
 def _lines(path):
-    """The readable JSON lines of a log (a killed run may have cut the last one)."""
+    """The lines of a log that are whole (a killed run may have cut the last one)."""
     lines = []
     if path.exists():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                pass
-    return lines
+        with reading(path, "a log"):
+            for text in path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def open_run(rt, folder, settings):
@@ -532,15 +605,43 @@ def write_json(path, content):
 
 
 def write_text(path, text):
-    """Write a text so that a reader sees the old file or the new one, never half; nothing is left of a
-    failure."""
+    """Write a text as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text.encode(errors="surrogateescape"))
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A new binary file, to be written, that takes the place of `path` at the end: a reader sees the old file or
+    the new one, never half. Nothing is left of a failure, and nothing is written through a link."""
     scratch = Path(f"{path}.tmp")
+    scratch.unlink(missing_ok=True)
     try:
-        scratch.write_text(text)
+        with open(scratch, "xb") as file:
+            yield file
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Around the reading of a user's file: whatever is raised becomes a UserError of one line with the path and
+    the reason. It is an `Unreadable` where the file may be good and cannot be read for now (permissions, a
+    network file system, memory); any other says that the file is absent, or is not `what` it should be."""
+    try:
+        if not Path(path).is_file():
+            raise UserError(
+                f"{path} is no plain file" if os.path.lexists(path) else f"there is no file {path}"
+            )
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) or out_of_memory(error):
+            raise Unreadable(f"cannot read {path}: {reason_of(error)}") from None
+        raise UserError(f"{path} is not {what}, or it is damaged: {reason_of(error)}") from None
 
 
 def free_gib(folder):

@@ -278,18 +278,6 @@ def clear_or_refuse(work, kind, settings):
     raise UserError(f"the folder {work} holds {reason}; give another --out, or remove it")
 
 
-def write_whole(path, write):
-    """Call `write(file)` so that `path` is never seen half-written."""
-    scratch = Path(f"{path}.tmp")
-    try:
-        with open(scratch, "wb") as file:
-            write(file)
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
 def fetch(images):
     """Begin to copy a tensor from its device: (NumPy array, function that waits until it is filled)."""
     if images.device.type == "cpu":
@@ -305,11 +293,13 @@ def store(files, pictures, wait):
     .png."""
     wait()
     if files[0].suffix == ".npy":
-        write_whole(files[0], lambda file: np.save(file, pictures))
+        with runtime.replacing(files[0]) as file:
+            np.save(file, pictures)
         return
 
     def save(path, picture):  # the fastest compression: packing 50,000 pictures takes longer than making them
-        write_whole(path, lambda file: Image.fromarray(picture).save(file, "PNG", compress_level=1))
+        with runtime.replacing(path) as file:
+            Image.fromarray(picture).save(file, "PNG", compress_level=1)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(save, files, pictures))
@@ -323,21 +313,22 @@ def write_grid(out, parts, count, rows):
     sheet[:count] = pictures
     sheet = sheet.reshape(columns, rows, *pictures.shape[1:]).swapaxes(0, 1)  # picture i: row i % rows
     sheet = torch.from_numpy(sheet.reshape(-1, *pictures.shape[1:])).movedim(-1, 1)  # NHWC -> NCHW
-    write_whole(out, lambda file: picture_grid(sheet, columns).save(file, "PNG"))
+    with runtime.replacing(out) as file:
+        picture_grid(sheet, columns).save(file, "PNG")
 
 
 def write_npz(out, parts, count):
     """What np.savez(out, arr_0) writes, but with no more than one batch in memory."""
-    shape = (count, *np.load(parts[0], mmap_mode="r").shape[1:])
-
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(array, header)
-            for part in parts:
-                array.write(np.load(part).tobytes())
-
-    write_whole(out, write)
+    header = {"descr": "|u1", "fortran_order": False}
+    header["shape"] = (count, *np.load(parts[0], mmap_mode="r").shape[1:])
+    with (
+        runtime.replacing(out) as file,
+        zipfile.ZipFile(file, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as array,
+    ):
+        np.lib.format.write_array_header_1_0(array, header)
+        for part in parts:
+            array.write(np.load(part).tobytes())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The report of `python runtime.py`, alone, by two processes, and where something is wrong."""
 
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 from scripts import ROOT, command, environment, fails_with_one_line, run
 
 import encode
+import runtime
 import train_ar
 import train_tokenizer
 
@@ -122,6 +124,24 @@ def test_help_shows_defaults_of_zero():
         r"--seed SEED +of initialisation, order, crops \(default: 0\)",
         run("train_tokenizer.py", "--help").stdout,
     )
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"before")
+    with pytest.raises(OSError, match="no space"), runtime.replacing(tmp_path / "x.png") as file:
+        file.write(b"half")
+        raise OSError("no space")
+    assert os.listdir(tmp_path) == ["x.png"] and (tmp_path / "x.png").read_bytes() == b"before"
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    """Neither one in the file's place nor one in its temporary file's."""
+    (tmp_path / "other").write_bytes(b"mine")
+    (tmp_path / "x").symlink_to("other")
+    (tmp_path / "x.tmp").symlink_to("other")
+    runtime.write_text(tmp_path / "x", "text")
+    assert (tmp_path / "other").read_bytes() == b"mine" and (tmp_path / "x").read_text() == "text"
+    assert sorted(os.listdir(tmp_path)) == ["other", "x"] and not (tmp_path / "x").is_symlink()
 
 
 FORBIDDEN = """

@@ -287,17 +287,6 @@ def test_an_error_is_one_line_and_exit_code_2(files, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
-    def fail(file):
-        file.write(b"half")
-        raise OSError("no space")
-
-    (tmp_path / "x.png").write_bytes(b"before")
-    with pytest.raises(OSError, match="no space"):
-        sample.write_whole(tmp_path / "x.png", fail)
-    assert os.listdir(tmp_path) == ["x.png"] and (tmp_path / "x.png").read_bytes() == b"before"
-
-
 def test_output_kinds(tmp_path):
     assert [sample.output(name)[1] for name in ("a.png", "b.NPZ", "c", "d.v2")] == [
         "grid",
