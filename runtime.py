@@ -638,7 +638,7 @@ def reading(path, what):
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (readers raise a dozen types)
         if getattr(error, "errno", None) or out_of_memory(error):
             raise Unreadable(f"cannot read {path}: {reason_of(error)}") from None
         raise UserError(f"{path} is not {what}, or it is damaged: {reason_of(error)}") from None
