@@ -414,11 +414,11 @@ def check_sampling(cfg_scale, temperature, top_k, top_p):
     for name, pair in pairs.items():
         if len(pair) != 2:
             raise UserError(f"{name} must be a pair (pre, post), not {pair}")
-    if not all(math.isfinite(scale) for scale in cfg_scale):
-        raise UserError(f"cfg_scale must be finite, not {cfg_scale}")
-    if not all(0 < value < math.inf for value in temperature):
+    if not all(abs(scale) <= 1000 for scale in cfg_scale):  # beyond, logits overflow
+        raise UserError(f"cfg_scale must be finite and at most 1000, not {cfg_scale}")
+    if not all(1e-3 <= value <= 1000 for value in temperature):
         raise UserError(
-            f"temperature must be above 0, not {temperature}; for the likeliest token use top_k 1"
+            f"temperature must be above 0 (0.001 to 1000), not {temperature}; for the likeliest token use top_k 1"
         )
     if not all(k >= 0 and k == int(k) for k in top_k):
         raise UserError(f"top_k must be whole numbers, 0 (off) or more, not {top_k}")
@@ -455,6 +455,8 @@ def draw(logits, uniforms):
     It is the first entry whose cumulative probability (float64) passes u; never one of probability 0.
     """
     likelihood = logits.double().softmax(-1)
+    if logits.device.type == "cpu" and likelihood.isnan().any():  # elsewhere looking would mean waiting
+        raise UserError("the logits are not finite: nothing can be drawn from them")
     # Out are entries of probability 0: a GPU's parallel sums may step up there by rounding.
     cumulative = likelihood.cumsum(-1).masked_fill(likelihood == 0, 0)
     # Rounding may leave the total below u: then it is the entry that reaches the total.

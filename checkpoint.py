@@ -297,8 +297,12 @@ def changed_settings(old, new, may_change):
     found = []
     for name, value in new.items():
         before = old.get(name, False)  # a flag younger than the checkpoint was off in it
-        if name not in may_change and before != value:
-            derived = name in ("pictures", "total_steps", "tokenizer_hash")  # from flags, and none itself
+        if name in may_change or before == value or (name.endswith("_hash") and name not in old):
+            continue
+        if name.endswith("_hash"):
+            found.append(f"the {name.removesuffix('_hash')} is not the same")
+        else:
+            derived = name in ("pictures", "total_steps")  # from flags, and none itself
             shown = name.replace("_", " ") if derived else "--" + name.replace("_", "-")
             found.append(f"{shown} was {before}, is {value}")
     return ", ".join(found)

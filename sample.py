@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 import runtime
 from ar_model import AR_SIZES, RELEASED_AR, check_sampling, load_ar
-from checkpoint import changed_settings, locate
+from checkpoint import changed_settings, hash_of, locate
 from data import picture_grid, to_uint8
 from runtime import UserError
 from tokenizer import RELEASED_TOKENIZERS, load_tokenizer
@@ -98,7 +99,7 @@ def main():
     rt = runtime.start()
     precision = runtime.set_precision(rt, args.precision)
 
-    model, model_path, tokenizer, tokenizer_path = load_models(rt, args)
+    model, tokenizer, files = load_models(rt, args)
 
     # Settings.
     args.batch = args.batch or (50 if rt.device.type == "cpu" else BATCH)
@@ -111,8 +112,7 @@ def main():
     side = model.config.grid * tokenizer.factor
     all_classes = classes == list(range(model.config.num_classes))
     settings = {
-        "model": describe_file(model_path),
-        "tokenizer": describe_file(tokenizer_path),
+        **files,
         "classes": f"all {len(classes)}" if all_classes else ",".join(map(str, classes)),
         "count": count,
         "size": f"{side}x{side}",
@@ -124,7 +124,7 @@ def main():
     }
     work = out if kind == "folder" else Path(f"{out}.parts")  # where each batch goes as soon as it is made
     if rt.main:
-        clear_or_refuse(work, kind, settings)
+        refuse_others(work, settings)
     runtime.open_run(rt, work, settings)
 
     # Batches, shared out over ranks. They are the same whatever the number of ranks, so that rounding is too.
@@ -133,7 +133,7 @@ def main():
     def files(batch):
         if kind != "folder":
             return [work / f"{batch[0]:06d}-{batch[-1]:06d}.npy"]
-        plain = [re.sub(r"[^\w.-]", "_", names[classes[i % len(classes)]]) for i in batch]
+        plain = [re.sub(r"[^\w.-]", "_", names[classes[i % len(classes)]])[:50] for i in batch]
         return [work / f"{i:06d}_{name}.png" for i, name in zip(batch, plain, strict=True)]
 
     batches = [range(first, min(first + args.batch, count)) for first in range(0, count, args.batch)]
@@ -188,9 +188,10 @@ def main():
 
 
 def load_models(rt, args):
-    """(transformer, its file, tokenizer, its file). Without --tokenizer both come from one file."""
+    """(transformer, tokenizer, the settings that tell where they are from and, by hashes, what they are)."""
     path = tokenizer_path = rt.share(locate(args.model, RELEASED_AR))
     model, tokenizer = load_ar(path)
+    carried = hash_of(tokenizer.state_dict()) if tokenizer else None
     if args.tokenizer:
         tokenizer_path = rt.share(locate(args.tokenizer, RELEASED_TOKENIZERS))
         tokenizer = load_tokenizer(tokenizer_path)
@@ -200,8 +201,11 @@ def load_models(rt, args):
     bits, of_model = tokenizer.config.bits, sum(model.config.factorized_bits)
     if bits != of_model:
         raise UserError(f"tokens of {tokenizer_path} have {bits} bits, those of {path} {of_model}; {right}")
-    tokenizer.to(rt.device, memory_format=rt.layout)
-    return model.to(rt.device), path, tokenizer, tokenizer_path
+    files = {"model": str(path), "tokenizer": str(tokenizer_path)}
+    files |= {"model_hash": hash_of(model.state_dict()), "tokenizer_hash": hash_of(tokenizer.state_dict())}
+    if carried and files["tokenizer_hash"] != carried:
+        rt.say(f"warning: {tokenizer_path} is another tokenizer than {path} was trained with, and carries")
+    return model.to(rt.device), tokenizer.to(rt.device, memory_format=rt.layout), files
 
 
 def output(text):
@@ -227,8 +231,11 @@ def choose_classes(text, names, number, kind):
     for item in (item.strip() for item in text.split(",")):
         if names and item in names:
             labels.append(names.index(item))
-        elif item.isdecimal() and int(item) < number:
+        elif item.isdecimal() and len(item) < 10 and int(item) < number:
             labels.append(int(item))
+            if names and any(name.isdecimal() for name in names):
+                named = f"no class is called {item}: number {item} is taken, the class {names[labels[-1]]}"
+                warnings.warn(f"--classes: {named}", stacklevel=2)
         else:
             known = f"the numbers 0 to {number - 1}"
             if names:
@@ -244,12 +251,6 @@ def paper_size(width):
     return next((name for name in RELEASED_AR if AR_SIZES[name].width == width), "B")
 
 
-def describe_file(path):
-    """A file's path, size and time: another file, or the same one trained further, is told from it."""
-    status = os.stat(path)
-    return f"{path} ({status.st_size} bytes, written {time.ctime(status.st_mtime)})"
-
-
 def image_seed(seed, number):
     """Seed of picture `number` of a run: 63 bits, a function of both."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -259,20 +260,19 @@ def image_seed(seed, number):
 # Output
 
 
-def clear_or_refuse(work, kind, settings):
+def refuse_others(work, settings):
     """Let a run go on in `work` only where it holds pictures of the same settings (or of fewer pictures)."""
     if not work.is_dir() or not any(work.iterdir()):
         return
-    try:
-        before = json.loads((work / "config.json").read_text())
-    except (OSError, ValueError):
-        before = None
-    grown = before is not None and before.get("count", 0) <= settings["count"]
-    changed = changed_settings(before or {}, settings, {"count"} if grown else set())
-    if not changed:
-        return
-    if kind != "folder":  # the remains of a stopped run, and no one else's
-        shutil.rmtree(work)
+    before, config = {}, work / "config.json"
+    if os.path.lexists(config):
+        with runtime.reading(config, "settings of sample.py"):
+            before = json.loads(config.read_bytes())
+            grown = before["count"] <= settings["count"] and "model_hash" in before
+    changed = before and changed_settings(
+        before, settings, {"model", "tokenizer"} | ({"count"} if grown else set())
+    )
+    if before and not changed:
         return
     reason = f"pictures of other settings ({changed})" if before else "files that are not this script's"
     raise UserError(f"the folder {work} holds {reason}; give another --out, or remove it")

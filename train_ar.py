@@ -206,10 +206,11 @@ def main():
     )
     scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
     if state:
-        if args.shard:
-            shard_optimizer_state(state["optimizer"], list(model.parameters()))
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"]) if scaler.is_enabled() else None
+        with runtime.reading(path, "a checkpoint of this run"):
+            if args.shard:
+                shard_optimizer_state(state["optimizer"], list(model.parameters()))
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"]) if scaler.is_enabled() else None
     runtime.open_run(rt, out, settings)
     parameters = sum(p.numel() for p in model.parameters())
     rt.say(

@@ -190,12 +190,13 @@ def main():
             raise runtime.UserError(
                 f"{path}: {changed}; use those settings, another --out, or --allow-changes"
             )
-        for name, module in trained.items():
-            restore(module, state, name, path)
-            restore(average[name], state, f"{name}_ema", path)
-            restore_optimizer(optimizers[name], state[f"optimizer_{name}"])
-        lecam.load_state_dict(state["lecam"])
-        scaler.load_state_dict(state["scaler"]) if scaler.is_enabled() else None
+        with runtime.reading(path, "a checkpoint of this run"):
+            for name, module in trained.items():
+                restore(module, state, name, path)
+                restore(average[name], state, f"{name}_ema", path)
+                restore_optimizer(optimizers[name], state[f"optimizer_{name}"])
+            lecam.load_state_dict(state["lecam"])
+            scaler.load_state_dict(state["scaler"]) if scaler.is_enabled() else None
         first = state["step"]
     runtime.open_run(rt, out, settings)
     rt.say(

@@ -18,7 +18,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import assert_equal, command, environment, fails_with_one_line, run, server, wait_for
+from scripts import (
+    assert_equal,
+    command,
+    environment,
+    fails_with_one_line,
+    log_lines,
+    run,
+    server,
+    start,
+    wait_for,
+)
 from stress import AR, TOKENIZER, children, compare, torture
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -163,6 +173,34 @@ def test_ranks_end_with_their_torchrun_and_a_signal_to_it_saves(tmp_path):
                 time.sleep(0.05)
             else:
                 raise AssertionError(f"rank {pid} trains on")
+
+
+def test_a_run_does_not_depend_on_its_terminal(tmp_path):
+    """Nobody reads what it says, the terminal hangs up; stdout and stderr are closed from the start."""
+    flags = [*TOKENIZER, "--eval-every", 1000, "--steps", 6, "--out"]
+    process = start("train_tokenizer.py", *flags, tmp_path / "left")
+    process.stdout.close()
+    process.stderr.close()
+    wait_for(tmp_path / "left" / "step_00000001.pt", process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+    words = command("train_tokenizer.py", *flags, tmp_path / "closed")
+    words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
+    assert subprocess.run(words, check=False, env=environment(), timeout=60).returncode == 0
+    assert compare(tmp_path / "left", tmp_path / "closed") is True
+    assert checkpoint.checkpoints(tmp_path / "left")[-1].name == "step_00000006.pt"
+
+
+@pytest.mark.parametrize(
+    "line", ["5", '{"a": 1}', '{"step": "x"}', "\udcff\udcfe", "[" * 20000, '{"step": 9']
+)
+def test_lines_that_are_no_log_lines_are_passed_over(run_folder, tmp_path, line):
+    out = shutil.copytree(run_folder, tmp_path / "out")
+    with open(out / "log.jsonl", "ab") as log:
+        log.write(line.encode(errors="surrogateescape") + b"\n")
+    rt = runtime.Runtime(torch.device("cpu"))
+    runtime.RunLog(rt, out, 8, 4, 8).close()
+    assert log_lines(out) == log_lines(run_folder)
 
 
 def _break_third_step():

@@ -126,6 +126,46 @@ def test_help_shows_defaults_of_zero():
     )
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [{"RANK": "abc"}, {"RANK": "1"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "z"}, {"WORLD_SIZE": "x"}]
+    + [{"WORLD_SIZE": number} for number in ("0", "-1", "2.5", "1" * 5000, "2")],
+)  # fmt: skip
+def test_variables_that_no_launcher_sets_are_named(variables, monkeypatch):
+    """The last of them: without the address of the first process."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(runtime.UserError, match="launch with torchrun") as error:
+        runtime.start()
+    assert all(name in str(error.value) for name in variables)
+
+
+def test_absent_unreadable_and_damaged_files_are_told_apart(tmp_path):
+    def read(path, error=None):
+        with pytest.raises(runtime.UserError) as found, runtime.reading(path, "a log"):
+            raise error or AssertionError("nothing is read")
+        assert "\n" not in str(found.value) and str(path) in str(found.value)
+        return type(found.value), str(found.value)
+
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("")
+    assert "there is no file" in read(tmp_path / "absent")[1]
+    assert "no plain file" in read(tmp_path / "pipe")[1] and "no plain file" in read(tmp_path)[1]
+    for error in (
+        OSError(5, "Input/output error"),
+        MemoryError(),
+        RuntimeError("can't allocate memory: 9 bytes"),
+    ):
+        assert read(tmp_path / "file", error)[0] is runtime.Unreadable
+    for error in (ValueError("line 1\nline 2"), KeyError("step"), RecursionError(), EOFError()):
+        kind, words = read(tmp_path / "file", error)
+        assert kind is runtime.UserError and "is not a log, or it is damaged: " in words
+
+
+def test_control_characters_are_spelt_out():
+    assert runtime.printable("a\x1b[31m\x9b\tb\n\u732b") == "a\\x1b[31m\\x9b\tb\n\u732b"
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     (tmp_path / "x.png").write_bytes(b"before")
     with pytest.raises(OSError, match="no space"), runtime.replacing(tmp_path / "x.png") as file:

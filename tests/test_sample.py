@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -88,8 +89,8 @@ def expected(models, labels, batch, options, seed=0, first=0):
     return np.concatenate(pictures)
 
 
-def bytes_below(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix == ".png"}
+def bytes_below(folder, suffix=".png"):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix == suffix}
 
 
 def test_npz_is_the_same_from_one_process_and_two(models, files, tmp_path):
@@ -138,6 +139,15 @@ def test_folder_is_the_same_from_one_process_and_two_and_goes_on(
         inside(monkeypatch, *flags, "--count", 7, "--out", tmp_path)
 
 
+def test_a_long_class_name_is_cut(files, tmp_path, monkeypatch):
+    state = torch.load(files["whole"])
+    state["class_names"][2] = "\u732b" * 250
+    torch.save(state, tmp_path / "model.pt")
+    flags = ["--model", tmp_path / "model.pt", "--classes", "2", "--count", 1, "--out", tmp_path / "out"]
+    inside(monkeypatch, *flags)
+    assert list(bytes_below(tmp_path / "out")) == ["000000_" + "\u732b" * 50 + ".png"]
+
+
 def test_a_stopped_npz_goes_on(files, tmp_path, monkeypatch, capsys):
     flags = ["--model", files["whole"], "--count", 10, "--batch", 4]
     inside(monkeypatch, *flags, "--out", tmp_path / "whole.npz")
@@ -158,13 +168,57 @@ def test_a_stopped_npz_goes_on(files, tmp_path, monkeypatch, capsys):
     inside(monkeypatch, *flags, "--out", out)
     assert "made 6 pictures" in capsys.readouterr().out
     assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
-    # The remains of a run of other settings are of no use.
+    # What another run has made is not thrown away.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stored.clear()
         patch.setattr(sample, "store", stop_at_the_second)
         inside(monkeypatch, *flags, "--seed", 1, "--out", out)
-    inside(monkeypatch, *flags, "--out", out)
-    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    made = bytes_below(tmp_path / "stopped.npz.parts", ".npy")
+    with pytest.raises(
+        UserError, match=r"stopped.npz.parts holds pictures of other settings \(--seed was 1, is 0\)"
+    ):
+        inside(monkeypatch, *flags, "--out", out)
+    assert made and bytes_below(tmp_path / "stopped.npz.parts", ".npy") == made
+
+
+def test_a_run_goes_on_with_a_copy_of_the_model_from_another_place_and_time_zone(
+    files, tmp_path, monkeypatch, capsys
+):
+    """What counts is what a file holds."""
+    flags = ["--count", 4, "--batch", 2, "--out", tmp_path / "folder"]
+    inside(monkeypatch, "--model", files["whole"], *flags)
+    (tmp_path / "folder" / "000003_0.png").unlink()
+    monkeypatch.setenv("TZ", "America/New_York")
+    copied = shutil.copy(files["whole"], tmp_path / "copy.pt")
+    monkeypatch.chdir(tmp_path)
+    inside(monkeypatch, "--model", "copy.pt", *flags)
+    assert "(2 were there already)" in capsys.readouterr().out
+    state = torch.load(copied)
+    state["model"]["norm.weight"] += 1e-3
+    torch.save(state, copied)
+    with pytest.raises(UserError, match=r"other settings \(the model is not the same\)"):
+        inside(monkeypatch, "--model", "copy.pt", *flags)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '{"count": "x"}', "{", "[" * 20000, "\udcff"])
+def test_settings_of_another_make_are_refused(text, files, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(
+        UserError, match=r"config.json is not settings of sample.py, or it is damaged"
+    ) as error:
+        inside(monkeypatch, "--model", files["whole"], "--count", 1, "--out", tmp_path)
+    assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["config.json"]
+
+
+def test_another_tokenizer_is_named(models, files, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other.pt"
+    state = {name: value + 1e-3 for name, value in models[1].state_dict().items()}
+    config = dataclasses.asdict(models[1].config)
+    torch.save({"kind": "tokenizer", "config": config, "tokenizer": state}, other)
+    for path, said in ((other, True), (files["tokenizer"], False)):
+        flags = ["--count", 1, "--tokenizer", path, "--out", tmp_path / f"{said}.npz"]
+        inside(monkeypatch, "--model", files["whole"], *flags)
+        assert (f"warning: {path} is another tokenizer than" in capsys.readouterr().out) == said
 
 
 def test_grid(models, files, tmp_path, monkeypatch):
@@ -203,6 +257,15 @@ def test_a_tokenizer_of_ones_own(files, tmp_path, monkeypatch):
     inside(monkeypatch, "--model", files["whole"], "--count", 3, "--out", tmp_path / "c.npz")
     rounded, truncated = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("a.npz", "c.npz"))
     assert set(np.unique(rounded - truncated)) == {0, 1}
+
+
+def test_numbers_beside_names_that_are_numbers_are_named():
+    names = ["01", "02", "03"]
+    assert sample.choose_classes("02", names, 3, "grid") == [1]
+    with pytest.warns(UserWarning, match="no class is called 2: number 2 is taken, the class 03"):
+        assert sample.choose_classes("2", names, 3, "grid") == [2]
+    with pytest.raises(UserError, match="unknown class '1111"):
+        sample.choose_classes("1" * 5000, names, 3, "grid")
 
 
 def test_presets(files, tmp_path, monkeypatch):
@@ -254,6 +317,8 @@ def test_numbers_of_pictures_and_classes(monkeypatch):
         (["--top-p", "1.5", "1"], "top_p must be"),
         (["--top-k", "-1", "1"], "top_k must be"),
         (["--cfg", "nan", "1"], "cfg_scale must be finite"),
+        (["--cfg", "1e39", "1"], "cfg_scale must be finite and at most 1000"),
+        (["--temperature", "1e-40", "1"], "temperature must be above 0"),
         (["--model", "bare"], "bare.pt carries no tokenizer"),
         (["--tokenizer", "10bits"], "have 10 bits, those of .* 18"),
         (["--model", "tokenizer"], "is a tokenizer file"),
