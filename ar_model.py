@@ -314,7 +314,9 @@ class ARTransformer(nn.Module):
         device = self.norm.weight.device
         guide = any(scale != 1 for scale in cfg_scale)
         options = list(zip(cfg_scale if guide else (None, None), temperature, top_k, top_p, strict=True))
-        uniforms = to_device(image_uniforms(seeds, self.config.grid**2), device)
+        # Draws are made in float64, which accelerators but CUDA's lack.
+        dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+        uniforms = to_device(image_uniforms(seeds, self.config.grid**2).to(dtype), device)
         labels = class_labels.to(device, non_blocking=True)
         if guide:  # both branches run as one batch: the images' classes, then as many null classes
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
@@ -452,9 +454,10 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 def draw(logits, uniforms):
     """An entry of softmax(logits) by inverse CDF: logits (B, V), uniforms (B,) in [0, 1) -> (B,) int64.
 
-    It is the first entry whose cumulative probability (float64) passes u; never one of probability 0.
+    It is the first entry whose cumulative probability, of the uniforms' type, passes u; never one of
+    probability 0.
     """
-    likelihood = logits.double().softmax(-1)
+    likelihood = logits.to(uniforms.dtype).softmax(-1)
     if logits.device.type == "cpu" and likelihood.isnan().any():  # elsewhere looking would mean waiting
         raise UserError("the logits are not finite: nothing can be drawn from them")
     # Out are entries of probability 0: a GPU's parallel sums may step up there by rounding.

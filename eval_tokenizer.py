@@ -16,7 +16,7 @@ import torch
 
 import data
 import runtime
-from fid import Moments, frechet_distance, gather_rows, progress, psnr, ssim
+from fid import Moments, exact_device, float64, frechet_distance, gather_rows, progress, psnr, ssim
 from inception import load_inception, weights_in_words
 from losses import load_lpips
 from runtime import UserError
@@ -118,17 +118,17 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
         bad.add(unreadable)
         if len(images) == 0:
             continue
-        published = published_original(images, args.rounding).to(rt.device)
+        published = published_original(images, args.rounding)
         images = images.to(rt.device)
         x = data.to_float(images)
         with runtime.autocast(rt.device, args.precision):
             y, indices, _ = tokenizer(x)
         y = y.float().clamp(-1, 1)
         rebuilt = data.to_uint8(y, args.rounding)
-        originals = (images, published)
-        columns = [score(original, rebuilt) for score in (psnr, ssim) for original in originals]
+        scored = [uint8.to(exact_device()) for uint8 in (images, published, rebuilt)]
+        columns = [score(original, scored[2]) for score in (psnr, ssim) for original in scored[:2]]
         with runtime.exact_float32(rt.device):
-            columns += [lpips(x, y).flatten().double() for lpips in perceptual.values()]
+            columns += float64(*(lpips(x, y).flatten() for lpips in perceptual.values()))
         rows.append(torch.stack(columns, 1))  # (b, 4 + len(perceptual))
         if inception:
             # As floats: the published rFID never passes through uint8.

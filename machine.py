@@ -132,7 +132,7 @@ def check_processes(rt):
         for _ in range(repeats):
             dist.all_reduce(tensor)
         if rt.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.get_device_module(rt.device).synchronize()  # torch.accelerator's: not with every torch_npu
         return rt.reduce([(time.perf_counter() - begin) / repeats], "max")[0]
 
     # Whole numbers, exact in float32: entry i of rank r is i mod 1000 + r.

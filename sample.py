@@ -282,7 +282,7 @@ def fetch(images):
     """Begin to copy a tensor from its device: (NumPy array, function that waits until it is filled)."""
     if images.device.type == "cpu":
         return images.numpy(), lambda: None
-    copied = torch.Event(images.device.type)
+    copied = torch.get_device_module(images.device).Event()  # torch.Event: not with every torch_npu
     images = images.to("cpu", non_blocking=True)
     copied.record()
     return images.numpy(), copied.synchronize

@@ -340,7 +340,7 @@ def validation_losses(rt, model, codes, parts, args):
         sub_indices = split_indices(indices, parts)
         with runtime.autocast(rt.device, args.precision):
             logits = model(sub_indices, labels)
-        sums += torch.stack(cross_entropies(logits, sub_indices)).double().cpu() * counted
+        sums += torch.stack(cross_entropies(logits, sub_indices)).cpu().double() * counted
         number += counted
     *sums, number = rt.reduce([*sums.tolist(), number])
     return [value / number for value in sums]
