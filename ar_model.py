@@ -322,7 +322,9 @@ class ARTransformer(nn.Module):
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
         if fused_sampling and fused_sampling.usable(self):
             decoder = fused_sampling.decoder_for(self, len(seeds), guide, options, self._computes_in())
-            return decoder.generate(labels, uniforms, tokens)
+            indices = decoder.generate(labels, uniforms, tokens)
+            check_finite(decoder.logits)
+            return indices
         rotary, caches = self._rotary(), self._caches(len(labels), tokens)
         was_training = self.training
         self.eval()
@@ -330,10 +332,11 @@ class ARTransformer(nn.Module):
             x = self.class_emb["embedding_table"](labels)[:, None]  # (rows, 1, d)
             drawn = []
             for t in range(tokens):  # nothing in here waits for the device
-                x, sub_tokens = self._token_step(x, t, rotary, caches, uniforms[:, t], options)
+                x, sub_tokens, logits = self._token_step(x, t, rotary, caches, uniforms[:, t], options)
                 drawn.append(merge_indices(sub_tokens, self.config.factorized_bits))
         finally:
             self.train(was_training)
+        check_finite(logits)
         return torch.stack(drawn, dim=1)
 
     def compile_blocks(self):
@@ -371,25 +374,26 @@ class ARTransformer(nn.Module):
     def _token_step(self, x, position, rotary, caches, uniforms, options):
         """One token of every image: x (rows, 1, d) enters at `position`, uniforms (B, 2) decide the draws.
 
-        Returns the next x and the sub-tokens [pre, post], (B,) each. No shape depends on `position`, except
-        how much of the spatial cache is attended to.
+        Returns the next x, the sub-tokens [pre, post], (B,) each, and their logits. No shape depends on
+        `position`, except how much of the spatial cache is attended to.
         """
         spatial_cache, intra_cache = caches
         added = None
         for block, cache in zip(self.spatial_blocks, spatial_cache, strict=True):
             x, added = block(x, added, rotary[:, position : position + 1], cache, position)
-        sub_tokens, following = [], 0
+        sub_tokens, all_logits, following = [], [], 0
         for part, embedding in enumerate((self.pre_emb, self.post_emb)):
             for block, cache in zip(self.factorized_blocks, intra_cache, strict=True):
                 x, added = block(x, added, rotary[:, part : part + 1], cache, part)
             logits = self.head[part](add_norm(x, added, self.norm)[1])[:, 0].float()  # (rows, V)
             sub_token = _sample(logits, uniforms[:, part], *options[part])
             sub_tokens.append(sub_token)
+            all_logits.append(logits)
             # Both branches of guidance go on from the token drawn.
             x = embedding(sub_token).repeat(len(x) // len(sub_token), 1)[:, None]  # (B,) -> (rows, 1, d)
             added = None
             following = following + x  # the next position's input is the sum of the two embeddings
-        return following, sub_tokens
+        return following, sub_tokens, all_logits
 
     def _check_request(self, class_labels, seeds, tokens):
         if len(seeds) != len(class_labels):
@@ -458,13 +462,17 @@ def draw(logits, uniforms):
     probability 0.
     """
     likelihood = logits.to(uniforms.dtype).softmax(-1)
-    if logits.device.type == "cpu" and likelihood.isnan().any():  # elsewhere looking would mean waiting
-        raise UserError("the logits are not finite: nothing can be drawn from them")
     # Out are entries of probability 0: a GPU's parallel sums may step up there by rounding.
     cumulative = likelihood.cumsum(-1).masked_fill(likelihood == 0, 0)
     # Rounding may leave the total below u: then it is the entry that reaches the total.
     passes = (cumulative > uniforms[:, None]) | (cumulative == cumulative.amax(-1, keepdim=True))
     return passes.int().argmax(-1)  # the first
+
+
+def check_finite(logits):
+    """Raises UserError where the last token's logits are not finite: what overflows once stays in the cache."""
+    if not all(part.isfinite().all() for part in logits):
+        raise UserError("the transformer's logits are not finite; use --precision fp32 or bf16")
 
 
 def _sample(logits, uniforms, scale, temperature, top_k, top_p):

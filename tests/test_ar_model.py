@@ -440,6 +440,15 @@ def test_generation_waits_for_nothing_inside_the_token_loop():
     assert counts[0] == counts[1] > 0
 
 
+def test_nothing_is_drawn_from_logits_that_are_not_finite():
+    """A weight becomes so large that a product overflows."""
+    for name in ("head.0.weight", "spatial_blocks.0.attention.wo.weight"):
+        model = tiny()
+        model.get_parameter(name).data.view(-1)[:] = 3e38
+        with pytest.raises(UserError, match="logits are not finite"):
+            model.generate(torch.tensor([1]), max_tokens=3)
+
+
 def test_generation_under_autocast(monkeypatch):
     """bfloat16 keeps 8 bits: the first logits agree to parts in a hundred, and the cache is bfloat16."""
     seen, sample = [], ar_model._sample
