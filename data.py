@@ -14,26 +14,34 @@ Letters: b pictures in a batch, S side in pixels, h w latent grid.
 """
 
 import colorsys
+import contextlib
 import functools
+import hashlib
 import json
+import math
+import multiprocessing.queues
 import os
 import signal
+import stat
 import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from runtime import UserError, free_gib, split_batch, write_json
+from runtime import Unreadable, UserError, free_gib, printable, reading, reason_of, split_batch, write_json
 
 # fmt: off
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
               ".ppm", ".tif", ".tiff", ".webp")  # in capitals too
 # fmt: on
+# Pillow goes by content, not by name, and would hand PostScript to an interpreter: it may open these only.
+FORMATS = sorted({Image.registered_extensions().get(extension) for extension in EXTENSIONS} - {None})
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: editors write megabytes of history
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 GLYPH_COUNT = 50_000
 BAD_SHARE = 0.01  # of a data set's pictures may be unreadable; more stops the run
@@ -79,8 +87,9 @@ def open_pictures(source, size, train, seed=0, labelled=True):
     labelled: False takes any picture at any depth of a folder, with label 0 of the one class "all".
 
     Returns a dataset with `len()`, `.classes` (names; folders sorted), `.labels` (int64 array),
-    `.name(index)`, and `dataset[epoch, index]` -> (image uint8 tensor (3, S, S), label, index, ok); in place
-    of an unreadable picture comes the next readable one, with ok False. Raises UserError where there is none.
+    `.name(index)`, and `dataset[epoch, index]` -> (image uint8 tensor (3, S, S), label, index, ""); in place
+    of an unreadable picture comes the next readable one, with the reason as the last entry. Raises UserError
+    where there is none.
     """
     if size < 1 or seed < 0:
         raise UserError(f"image size must be positive and the seed not negative, not {size} and {seed}")
@@ -94,27 +103,19 @@ class PictureFolder:
 
     def __init__(self, source, size, train, seed=0, labelled=True):
         self.source, self.size, self.train, self.seed = Path(source), size, train, seed
-        if not self.source.is_dir():
-            raise UserError(f"there is no picture folder {source}")
-        paths, labels = [], []
+        self.classes = ["all"]
         if labelled:
-            folders = next(os.walk(self.source), ((), (), ()))[1]
-            self.classes = sorted(name for name in folders if not name.startswith("."))
-            for label, name in enumerate(self.classes):
-                found = _pictures_below(self.source / name)
-                if not found:
-                    raise UserError(
-                        f"class folder {self.source / name} holds no pictures; fill or remove it "
-                        f"(pictures are {' '.join(EXTENSIONS)})"
-                    )
-                paths += [f"{name}/{path}" for path in found]
-                labels += [label] * len(found)
-        else:
-            self.classes = ["all"]
-            paths = _pictures_below(self.source)
-            labels = [0] * len(paths)
-        if not paths:
-            loose = len(_pictures_below(self.source))
+            names = next(os.walk(self.source, onerror=_stop))[1]
+            self.classes = sorted(name for name in names if not name.startswith("."))
+        found = _pictures_in(self.source, self.classes if labelled else ["."])
+        for name, paths in zip(self.classes, found):
+            if labelled and not paths:
+                raise UserError(
+                    f"class folder {self.source / name} holds no pictures; fill or remove it "
+                    f"(pictures are {' '.join(EXTENSIONS)}; a folder linked to twice counts once)"
+                )
+        if not any(found):
+            loose = len(_pictures_in(self.source, ["."])[0])
             if loose:
                 raise UserError(
                     f"{source} has no class folders, its {loose} pictures lie directly in it; put those of "
@@ -122,13 +123,19 @@ class PictureFolder:
                 )
             raise UserError(f"the folder {source} holds no pictures ({' '.join(EXTENSIONS)})")
         # One flat array, because a list of a million strings is copied into every worker as it is touched.
-        self.paths = np.array([os.fsencode(path) for path in paths])
-        self.labels = np.array(labels, dtype=np.int64)
+        self.paths = np.array([os.fsencode(path) for paths in found for path in paths])
+        self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found])
         self._last = (-1, None)
         # Fail now, not in a worker: more than 1 % unreadable would stop the run anyway.
-        probe = min(len(self), 100 + int(BAD_SHARE * len(self)))
-        if all(self._read(index) is None for index in range(probe)):
-            raise UserError(f"not one of the first {probe} pictures in {source} can be read")
+        probe, reasons = min(len(self), 100 + int(BAD_SHARE * len(self))), []
+        for self.first_readable in range(probe):
+            reasons.append(self.read(0, self.first_readable)[1])
+            if not reasons[-1]:
+                break
+        else:
+            raise UserError(
+                f"not one of the first {probe} pictures in {source} can be read; {self.name(0)}: {reasons[0]}"
+            )
 
     def __len__(self):
         return len(self.paths)
@@ -137,96 +144,152 @@ class PictureFolder:
         """The picture's path below the folder."""
         return os.fsdecode(self.paths[index])
 
-    def _read(self, index):
-        """RGB picture, or None. The last one is kept: encode.py takes several crops of a picture in a row."""
-        if self._last[0] != index:
-            try:
+    def read(self, epoch, index):
+        """(uint8 array (S, S, 3), "") of a picture, or (None, the reason) where it cannot be read."""
+        try:
+            if self._last[0] != index:  # encode.py takes several crops of a picture in a row
                 self._last = (index, load_rgb(self.source / self.name(index)))
-            except Exception:  # noqa: BLE001 (Pillow's readers raise a dozen types for damaged files)
-                self._last = (index, None)
-        return self._last[1]
+            return np.array(self.cut(self._last[1], epoch, index)), ""
+        except Exception as error:  # noqa: BLE001 (Pillow's readers raise a dozen types for damaged files)
+            return None, reason_of(error)
+
+    def cut(self, picture, epoch, index):
+        rng = np.random.default_rng([CROP, self.seed, epoch, index]) if self.train else None
+        return resize_and_crop(picture, self.size, rng)
 
     def __getitem__(self, entry):
-        epoch, index = entry
+        (epoch, index), reasons = entry, []
         for place in range(index, index + len(self)):
-            place %= len(self)
-            picture = self._read(place)
-            if picture is not None:
+            image, reason = self.read(epoch, place % len(self))
+            if not reason:
                 break
+            reasons.append(reason)
         else:
             raise UserError(f"no picture in {self.source} can be read")
-        rng = np.random.default_rng([CROP, self.seed, epoch, place]) if self.train else None
-        image = np.array(resize_and_crop(picture, self.size, rng))  # (S, S, 3)
         image = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-        return image, int(self.labels[place]), int(index), place == index
+        return image, int(self.labels[place % len(self)]), int(index), reasons[0] if reasons else ""
 
 
-def _pictures_below(folder):
-    """Sorted relative paths of all pictures below a folder; hidden files and folders are left out."""
+def identity(pictures):
+    """sha256 of what a data set holds: the names of its classes, names and labels of its pictures in order. Not
+    of where it lies, nor of its pixels."""
+    digest = hashlib.sha256()
+    entries = (f"{label} {pictures.name(index)}" for index, label in enumerate(pictures.labels))
+    for text in (*pictures.classes, "", *entries):
+        digest.update(text.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()
 
-    def stop(error):
-        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
 
-    found = []
-    for where, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
-                found.append(os.path.relpath(os.path.join(where, name), folder))
-    return sorted(found)
+def _stop(error):
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise UserError(f"there is no picture folder {error.filename}")
+    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+
+def _pictures_in(source, folders):
+    """For each of these folders in `source` the sorted paths, from `source` on, of the pictures at any depth.
+
+    Hidden files and folders are left out. Links to folders are followed, after all that is there without them,
+    and to no folder that was seen before: neither a loop nor a second way adds pictures.
+    """
+    found, seen = [[] for _ in folders], set()
+    if folders != ["."]:
+        seen.add(_place(source))
+    todo = sorted(enumerate(folders), key=lambda entry: os.path.islink(source / entry[1]))
+    for number, top in todo:  # grows by the links on the way
+        for where, inside, files in os.walk(source / top, onerror=_stop):
+            if _place(where) in seen:
+                inside.clear()
+                continue
+            seen.add(_place(where))
+            below = os.path.relpath(where, source)
+            inside[:] = [name for name in inside if not name.startswith(".")]
+            todo += [(number, f"{below}/{name}") for name in inside if os.path.islink(f"{where}/{name}")]
+            found[number] += [
+                os.path.normpath(f"{below}/{name}")
+                for name in files
+                if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+            ]
+    return [sorted(paths) for paths in found]
+
+
+def _place(folder):
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The picture at `path`, opened by Pillow and not yet decoded. Raises whatever Pillow raises for a file that
+    is damaged, no picture, or so large that Pillow takes it for a decompression bomb."""
+    # Without waiting: opening a named pipe would, for somebody who writes into it.
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no plain file")
+        with warnings.catch_warnings():
+            # Palettes with transparency, broken EXIF, sizes short of a bomb: nothing that changes pixels.
+            warnings.simplefilter("ignore")
+            try:
+                picture = Image.open(file, formats=FORMATS)
+            except UnidentifiedImageError:
+                raise ValueError(f"it is not a picture that Pillow reads as {', '.join(FORMATS)}") from None
+            with picture:
+                yield picture
 
 
 def load_rgb(path):
     """The picture at `path` in RGB, as Pillow converts it (first frame; transparency dropped).
 
-    EXIF orientation is not applied: the published loader does not. Raises whatever Pillow raises for a file
-    that is damaged, cut short, no picture, or so large that Pillow takes it for a decompression bomb.
+    EXIF orientation is not applied: the published loader does not. Raises as `opened` does.
     """
-    with warnings.catch_warnings():
-        # Palettes with transparency, broken EXIF, sizes short of a bomb: nothing that changes pixels.
-        warnings.simplefilter("ignore")
-        with Image.open(path) as picture:
-            if picture.mode.startswith("I"):
-                # 16-bit grey. Pillow's convert clips at 255, which leaves a white picture: take the high
-                # byte, as Pillow itself does with 16-bit colour.
-                picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
-            return picture.convert("RGB")
+    with opened(path) as picture:
+        if picture.mode[0] in "IF":
+            picture = _grey(picture)
+        return picture.convert("RGB")
+
+
+def _grey(picture):
+    """16-bit grey in 8 bits: the high byte, as Pillow itself takes of 16-bit colour. Its convert clips at 255,
+    which leaves a white picture."""
+    tiff = getattr(picture, "tag_v2", {})
+    if picture.mode == "F" or (picture.mode == "I" and tiff):
+        raise ValueError("its grey levels are floats, signed or of 32 bits: which is white, no file says")
+    bits_per_sample, photometric = tiff.get(258, (16,))[0], tiff.get(262)
+    levels = (np.asarray(picture).clip(0, 65535) >> (bits_per_sample - 8)).astype(np.uint8)
+    return Image.fromarray(255 - levels if photometric == 0 else levels)  # 0: white is zero
 
 
 def resize_and_crop(picture, size, rng=None):
     """Short side to `size` (bilinear, the long side rounded down), then a `size` x `size` crop: random, from
-    the generator `rng`, or centred where that is None. Pillow picture in, Pillow picture out."""
+    the generator `rng`, or centred where that is None. Pillow picture in, Pillow picture out. Raises ValueError
+    where a line of pixels would take gigabytes when enlarged."""
     short = min(picture.size)
     width, height = (int(size * side / short) for side in picture.size)
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"enlarged to size it would have {width * height / 1e6:.0f} million pixels")
     if rng is None:
         left, top = round((width - size) / 2.0), round((height - size) / 2.0)
     else:
         left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
-    if width * height <= Image.MAX_IMAGE_PIXELS:
-        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
-        return resized.crop((left, top, left + size, top + size))
-    # A line 20,000 pixels long and 1 high would take gigabytes when enlarged: make only the crop. (The same
-    # up to rounding, hence not for all.)
-    across, down = picture.width / width, picture.height / height
-    # min: (left + size) * across may end a rounding error past the edge, which Pillow refuses
-    right, bottom = min((left + size) * across, picture.width), min((top + size) * down, picture.height)
-    box = (left * across, top * down, right, bottom)
-    return picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + size, top + size))
 
 
 class BadPictures:
     """Counts a run's unreadable pictures: `add` each batch's, `check` now and then, `report` at the end."""
 
     def __init__(self, dataset):
-        self.dataset, self.count, self.seen = dataset, 0, {}
+        self.dataset, self.count, self.seen, self.first_reason = dataset, 0, {}, ""
 
-    def add(self, indices):
-        """Count these indices; name each on stderr the first time."""
-        for index in indices:
+    def add(self, bad):
+        """Count these, {index: reason}; name each on stderr the first time."""
+        for index, reason in bad.items():
             self.count += 1
             if index not in self.seen:
-                self.seen[index] = self.dataset.name(index)
-                tqdm.write(f"warning: unreadable picture skipped: {self.seen[index]}", file=sys.stderr)
+                name = self.seen[index] = printable(self.dataset.name(index)).replace("\n", "\\n")
+                self.first_reason = self.first_reason or f"; the first: {reason}"
+                words = f"warning: unreadable picture skipped: {name} ({reason})"
+                tqdm.write(printable(words), file=sys.stderr)
 
     def check(self, total=None, epochs=1):
         """Raise UserError where more than 1 % of the pictures are unreadable.
@@ -236,7 +299,7 @@ class BadPictures:
         """
         total = self.count if total is None else int(total)
         if total > BAD_SHARE * len(self.dataset) * epochs:
-            examples = f" (for instance {self._names()})" if self.seen else ""
+            examples = f" (for instance {self._names()}{self.first_reason})" if self.seen else ""
             raise UserError(
                 f"more than {BAD_SHARE:.0%} of the {len(self.dataset)} pictures in {self.dataset.source} "
                 f"cannot be read{examples}; repair or remove them, then run again"
@@ -287,7 +350,7 @@ class Glyphs:
         label = int(self.labels[index])
         rng = np.random.default_rng([GLYPH, self.seed, int(self.train), index])
         image = torch.from_numpy(draw_glyph(self.classes[label], self.size, rng))
-        return image.permute(2, 0, 1).contiguous(), label, int(index), True
+        return image.permute(2, 0, 1).contiguous(), label, int(index), ""
 
 
 def draw_glyph(letter, size, rng):
@@ -389,7 +452,8 @@ def training_batches(
     dataset, seed, global_batch, micro_batch, rank, world, first_step, total_steps, workers=0
 ):
     """This rank's micro-batches of steps first_step (0-based) .. total_steps - 1: yields for each step a list
-    of global_batch / (micro_batch * world) times (images uint8 (b, 3, S, S), labels int64 (b,), bad indices).
+    of global_batch / (micro_batch * world) times (images uint8 (b, 3, S, S), labels int64 (b,), {index of an
+    unreadable picture: reason}).
 
     Micro-batch m of a step holds samples step * global_batch + m * micro_batch and on, whoever draws it; rank
     r has those from m = r * accumulation. So two ranks with one micro-batch each see exactly what one rank
@@ -404,7 +468,7 @@ def training_batches(
                 yield order.at(step * global_batch + m * micro_batch, micro_batch)
 
     def steps():
-        batches = iter(_loader(dataset, entries(), _stack, workers))
+        batches = _loader(dataset, entries(), _stack, workers)
         for _ in range(first_step, total_steps):
             yield [next(batches) for _ in range(accumulation)]
 
@@ -413,7 +477,7 @@ def training_batches(
 
 def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None, crops=1):
     """Every picture exactly once over all ranks, a contiguous share each, the last partial batch kept: yields
-    (images uint8 (b, 3, S, S), labels int64 (b,), indices int64 (b,), bad indices).
+    (images uint8 (b, 3, S, S), labels int64 (b,), indices int64 (b,), {index: reason} of unreadable ones).
 
     Unreadable pictures are left out and listed, so b may be less than `batch`, even 0. indices: these
     pictures only (before sharing out). crops: each picture so often in a row, with the crops of epochs
@@ -425,39 +489,50 @@ def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None,
         for first in range(0, len(share), batch):
             yield [(crop, index) for index in share[first : first + batch].tolist() for crop in range(crops)]
 
-    return iter(_loader(dataset, entries(), _stack_readable, workers))
+    return _loader(dataset, entries(), _stack_readable, workers)
 
 
 def _loader(dataset, entries, collate, workers):
-    return DataLoader(
+    """Yields the batches, their arrays as tensors. Between processes they are NumPy's, through a pipe: torch's
+    go through /dev/shm, which containers keep small, and a worker that finds it full says nothing."""
+    pin = torch.accelerator.is_available()
+    loader = DataLoader(
         dataset,
         batch_sampler=entries,
         collate_fn=collate,
         num_workers=workers,  # torch gives each one thread
-        pin_memory=torch.accelerator.is_available(),
-        worker_init_fn=_leave_signals_to_the_main_process,
+        pin_memory=pin,  # does not touch arrays, but has a thread take them out of the pipe
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # leaves the global one alone
     )
+    try:
+        for *arrays, bad in loader:
+            tensors = [torch.from_numpy(array) for array in arrays]
+            yield *(tensor.pin_memory() if pin else tensor for tensor in tensors), bad
+    except UserError as error:  # a worker's comes with its traceback
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("runtime.UserError: ")) from None
 
 
-def _leave_signals_to_the_main_process(worker):
-    """Ctrl-C and a batch system's SIGTERM reach workers too: they serve on until the main process stops."""
+def _begin_worker(worker):
+    """Ctrl-C and a batch system's SIGTERM reach workers too: they serve on until the main process stops. One
+    that cannot send a batch ends, or the main process would wait for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
 
 def _stack(samples):
     images, labels, _, _ = zip(*samples)
-    bad = [index for _, _, index, ok in samples if not ok]
-    return torch.stack(images), torch.tensor(labels), bad
+    bad = {index: reason for _, _, index, reason in samples if reason}
+    return torch.stack(images).numpy(), np.array(labels), bad
 
 
 def _stack_readable(samples):
-    bad = sorted({index for _, _, index, ok in samples if not ok})
-    kept = [sample for sample in samples if sample[3]]
+    bad = {index: reason for _, _, index, reason in samples if reason}
+    kept = [sample for sample in samples if not sample[3]]
     images = torch.stack([sample[0] for sample in kept or samples])[: len(kept)]
-    labels, indices = (torch.tensor([sample[i] for sample in kept], dtype=torch.int64) for i in (1, 2))
-    return images, labels, indices, bad
+    labels, indices = (np.array([sample[i] for sample in kept], np.int64) for i in (1, 2))
+    return images.numpy(), labels, indices, bad
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -471,23 +546,39 @@ UNREADABLE, PENDING = -1, -2
 FORMAT, VERSION = "nanoMAGVIT2 codes", 1
 
 
+# Largest and smallest of a manifest's numbers; height and width are the grid's.
+NUMBERS = {"count": (1, 2**40), "crops": (0, 2**20), "bits": (1, 30), "size": (1, 2**20)}
+NUMBERS |= {"height": (1, 2**20), "width": (1, 2**20)}
+
+
 def _manifest_of(folder):
     """The manifest of a cache whose files have the sizes that it states."""
+    path = Path(folder) / "manifest.json"
     try:
-        manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    except (OSError, ValueError):
-        manifest = None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{folder} is not a code cache (no manifest.json of one): make it with encode.py")
+        with reading(path, "a code cache's manifest"):
+            manifest = json.loads(path.read_bytes())
+            if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+                raise ValueError(f"it does not say {FORMAT}")
+    except Unreadable:
+        raise
+    except UserError as error:
+        raise UserError(f"{folder} is not a code cache ({error}): make it with encode.py") from None
     try:
         newer = manifest["version"] > VERSION
+        numbers = manifest | dict(zip(("height", "width"), manifest["grid"], strict=True))
+        for name, (lowest, highest) in NUMBERS.items():
+            if type(numbers[name]) is not int or not lowest <= numbers[name] <= highest:
+                raise ValueError(f"{name} is {str(numbers[name])[:40]}")
+        if not isinstance(manifest["classes"], list) or {type(name) for name in manifest["classes"]} != {str}:
+            raise ValueError("classes is no list of names")
+        manifest["complete"] = bool(manifest["complete"])
         shapes = {"codes.bin": _codes_shape(manifest), "labels.bin": (manifest["count"],)}
-    except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{folder}/manifest.json is no whole manifest of a code cache: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no whole manifest of a code cache: {error}") from None
     if newer:
         raise UserError(f"the code cache {folder} was made by a newer version of this project; update it")
     for name, shape in shapes.items():
-        path, expected = Path(folder) / name, 4 * int(np.prod(shape))
+        path, expected = Path(folder) / name, 4 * math.prod(shape)
         actual = path.stat().st_size if path.is_file() else 0
         if actual != expected:
             raise UserError(
@@ -537,9 +628,13 @@ class CodeWriter:
             raise UserError(
                 f"the codes need {gib:.1f} GiB, and {self.folder} has {free_gib(self.folder):.1f} GiB free"
             )
-        with open(self.folder / "codes.bin", "wb") as file:
-            file.truncate(4 * int(np.prod(_codes_shape(self.manifest))))
-        np.full(self.manifest["count"], PENDING, np.int32).tofile(self.folder / "labels.bin")
+        for name in ("codes.bin", "labels.bin"):  # new files: nothing is written through a link
+            (self.folder / name).unlink(missing_ok=True)
+            with open(self.folder / name, "xb") as file:
+                if name == "codes.bin":
+                    file.truncate(4 * math.prod(_codes_shape(self.manifest)))
+                else:
+                    np.full(self.manifest["count"], PENDING, np.int32).tofile(file)
         write_json(self.folder / "manifest.json", self.manifest)  # last: with it, the other two are whole
 
     @property
@@ -548,7 +643,7 @@ class CodeWriter:
 
     def labels(self):
         """int32 (count,), as they stand on file."""
-        return np.fromfile(self.folder / "labels.bin", np.int32)
+        return _labels_of(self.folder)
 
     def todo(self):
         """Row numbers not yet encoded; unreadable ones are tried again. All ranks ask before any writes."""
@@ -568,7 +663,7 @@ class CodeWriter:
         self._put("labels.bin", indices, np.full(len(indices), UNREADABLE, np.int32))
 
     def _put(self, name, indices, rows):
-        with open(self.folder / name, "r+b") as file:
+        with self._open(name) as file:
             for index, row in zip(indices, rows, strict=True):
                 file.seek(int(index) * row.nbytes)
                 file.write(row.tobytes())
@@ -576,14 +671,23 @@ class CodeWriter:
             if name == "codes.bin":
                 os.fsync(file.fileno())
 
+    def _open(self, name):
+        path = self.folder / name
+        return open(path, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW))
+
     def finish(self):
         """Mark the cache complete. On one rank, after all have written theirs."""
         if (self.labels() == PENDING).any():
             raise UserError(f"{self.folder} is not finished; run encode.py again to go on")
-        with open(self.folder / "labels.bin", "r+b") as file:
+        with self._open("labels.bin") as file:
             os.fsync(file.fileno())
         self.manifest["complete"] = True
         write_json(self.folder / "manifest.json", self.manifest)
+
+
+def _labels_of(folder):
+    with reading(Path(folder) / "labels.bin", "a code cache's labels"):
+        return np.fromfile(Path(folder) / "labels.bin", np.int32)
 
 
 class CodeDataset:
@@ -594,12 +698,17 @@ class CodeDataset:
         if not self.manifest["complete"]:
             raise UserError(f"the code cache {folder} is incomplete: finish it by running encode.py again")
         self.classes, self.grid = self.manifest["classes"], tuple(self.manifest["grid"])
-        labels = np.fromfile(Path(folder) / "labels.bin", np.int32).astype(np.int64)
+        labels = _labels_of(folder).astype(np.int64)
         self.rows = np.flatnonzero(labels >= 0)
         self.labels = labels[self.rows]
-        self.codes = np.memmap(
-            Path(folder) / "codes.bin", np.int32, mode="r", shape=_codes_shape(self.manifest)
-        )
+        if not len(self.rows) or labels.min() < UNREADABLE or labels.max() >= len(self.classes):
+            raise UserError(
+                f"{folder}/labels.bin names no picture, or classes that there are not: it is damaged; "
+                f"remove {folder} and run encode.py again"
+            )
+        path = Path(folder) / "codes.bin"
+        with reading(path, "a code cache's codes"):
+            self.codes = np.memmap(path, np.int32, mode="r", shape=_codes_shape(self.manifest))
 
     def __len__(self):
         return len(self.rows)

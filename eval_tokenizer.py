@@ -113,7 +113,7 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
     """
     bad, rows, shown = data.BadPictures(pictures), [], None
     of_originals, of_rebuilt = Moments(2048), Moments(2048)
-    seen = torch.zeros(2**tokenizer.config.bits)
+    seen = torch.zeros(2**tokenizer.config.bits, dtype=torch.uint8)
     for images, _, _, unreadable in progress(rt, pictures, args.batch, args.workers, "pictures"):
         bad.add(unreadable)
         if len(images) == 0:
@@ -124,6 +124,8 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
         with runtime.autocast(rt.device, args.precision):
             y, indices, _ = tokenizer(x)
         y = y.float().clamp(-1, 1)
+        if not y.isfinite().all():
+            raise UserError(f"{args.tokenizer} gives back values that are not finite")
         rebuilt = data.to_uint8(y, args.rounding)
         scored = [uint8.to(exact_device()) for uint8 in (images, published, rebuilt)]
         columns = [score(original, scored[2]) for score in (psnr, ssim) for original in scored[:2]]
@@ -140,7 +142,7 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
 
     bad_count = int(rt.reduce([bad.count])[0])
     bad.check(bad_count)
-    used = sum(rt.reduce(seen, "max"))
+    used = int(rt.union(seen).sum())
     moments = (*of_originals.over_ranks(rt), *of_rebuilt.over_ranks(rt)) if inception else None
     rows = gather_rows(rt, rows, 4 + len(perceptual))
     if not rt.main:
@@ -160,7 +162,7 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
     for column, name in enumerate(["SSIM", "SSIM published", *perceptual], 2):
         numbers[name] = rows[:, column].mean().item()
     numbers["codebook use"] = used / len(seen)
-    notes["codebook use"] = f"{used:.0f} of {len(seen)} codes occur"
+    notes["codebook use"] = f"{used} of {len(seen)} codes occur"
     numbers["bits per pixel"] = tokenizer.config.bits / tokenizer.factor**2
     return numbers, notes, shown
 
@@ -204,7 +206,8 @@ def main():
         rt.say(f"{name:<15} {words}  {notes.get(name, '')}".rstrip())
     for name, words in protocol.items():
         rt.say(f"  {name:<13} {words}")
-    data.picture_grid(shown, columns=len(shown) // 2).save(out / "reconstructions.png")
+    with runtime.replacing(out / "reconstructions.png") as file:
+        data.picture_grid(shown, columns=len(shown) // 2).save(file, "PNG")
     numbers = {name: str(value) if value == math.inf else value for name, value in numbers.items()}
     runtime.write_json(out / "metrics.json", numbers | {"notes": notes, "protocol": protocol})
 

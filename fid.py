@@ -13,6 +13,7 @@ numbers and the protocol that they were made with; the convention (inception.py)
 Letters: B batch, N pictures, D features, H W pixels.
 """
 
+import contextlib
 import math
 import os
 import struct
@@ -23,12 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import runtime
-from data import BadPictures, PictureFolder, evaluation_batches
+from data import BadPictures, PictureFolder, evaluation_batches, opened
 from inception import (
     CONVENTIONS,
     INCEPTION_FILE,
@@ -60,12 +60,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     float >= 0. With S1 = A A^T and S2 = B B^T the trace of the root is the sum of the singular values of A^T
     B, which are the square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2). Nothing is squared on the way,
     nothing is added to a diagonal, so it holds at full precision for covariances of few samples too. Raises
-    UserError for non-finite input.
+    UserError for input that is not finite, or overflows.
     """
     mu1, sigma1, mu2, sigma2 = float64(mu1, sigma1, mu2, sigma2)
     for array in (mu1, sigma1, mu2, sigma2):
-        if not torch.isfinite(array).all():
-            raise UserError("the statistics hold values that are not finite: no Frechet distance")
+        if not (array.abs() < 1e100).all():
+            raise UserError("the statistics hold values that are not finite, or huge: no Frechet distance")
 
     def factor(sigma):  # (D, D) -> (D, rank), A with A A^T = sigma
         values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
@@ -91,17 +91,6 @@ def inception_score(probabilities, split_size=5000):
         scores.append(divergence.mean().exp())
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
-
-
-def seem_sorted(probabilities, split_size=5000):
-    """True where the order of the pictures spoils `inception_score`, as it does when they are sorted by
-    class."""
-    if len(probabilities) <= split_size:
-        return False  # within one split the order is of no consequence
-    # Halves tell best: sorted by class, each lacks half of the classes.
-    half = math.ceil(len(probabilities) / 2)
-    order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(0))
-    return inception_score(probabilities[order], half)[0] > 1.05 * inception_score(probabilities, half)[0]
 
 
 def precision_recall(reference, generated, k=3):
@@ -206,6 +195,8 @@ class Moments:
         """Take in features (B, D), B > 0."""
         (features,) = float64(features)
         mean = features.mean(0)
+        if not mean.isfinite().all():
+            raise UserError("Inception's features are not finite: see to its weights")
         centred, step = features - mean, mean - self.mean
         total = self.count + len(features)
         self.scatter += centred.T @ centred + torch.outer(step, step) * (self.count * len(features) / total)
@@ -231,6 +222,8 @@ def gather_rows(rt, parts, width):
     """All ranks' rows, in the order of ranks, as one (N, width) tensor on the main process; None on the
     others. parts: this rank's list of (n, width) tensors, perhaps empty."""
     rows = torch.cat([torch.zeros(0, width), *(part.cpu() for part in parts)])
+    if rows.isnan().any():
+        raise UserError("what was computed of the pictures is not finite: see to the weights")
     if rt.world == 1:
         return rows
     shares = [None] * rt.world if rt.main else None
@@ -251,14 +244,18 @@ def progress(rt, dataset, batch, workers, words):
 
 
 class FolderPictures(PictureFolder):
-    """The pictures below a folder as they are: `pictures[epoch, index]`, as `data.open_pictures` has it."""
+    """The pictures below a folder as they are, all of one size: `pictures[epoch, index]`, as
+    `data.open_pictures` has it."""
+
+    shape = None  # (H, W)
 
     def __init__(self, rt, folder):
         super().__init__(folder, size=1, train=False, labelled=False)
-        self.shape = None  # (H, W)
         # All sizes before any work: headers only, dealt out over the ranks.
-        for index in [0, *range(rt.rank, len(self), rt.world)]:
-            shape = self._shape_of(index)
+        for index in [self.first_readable, *range(rt.rank, len(self), rt.world)]:
+            shape = None
+            with contextlib.suppress(Exception), opened(self.source / self.name(index)) as picture:
+                shape = picture.size[::-1]  # of an unreadable one: None; it is counted when its turn comes
             if self.shape is None:
                 self.shape, first = shape, self.name(index)
             if shape not in (None, self.shape):
@@ -267,23 +264,8 @@ class FolderPictures(PictureFolder):
                     f"{self.name(index)} is {in_words(shape)}; bring them to one size"
                 )
 
-    def _shape_of(self, index):
-        try:
-            with Image.open(self.source / self.name(index)) as picture:
-                return picture.size[::-1]
-        except Exception:  # noqa: BLE001 (damaged, in one of a dozen ways: counted when its turn comes)
-            return None
-
-    def __getitem__(self, entry):
-        picture = self._read(entry[1])
-        if picture is None:
-            return torch.zeros(3, *self.shape, dtype=torch.uint8), 0, entry[1], False
-        return (
-            torch.from_numpy(np.array(picture)).permute(2, 0, 1),
-            0,
-            entry[1],
-            True,
-        )  # (H, W, 3) -> (3, H, W)
+    def cut(self, picture, epoch, index):
+        return picture
 
 
 class NpzPictures:
@@ -291,7 +273,7 @@ class NpzPictures:
     index]`."""
 
     def __init__(self, path):
-        self.source, self.array = path, map_npz(path, "arr_0")
+        self.source, self.array = path, npz_array(path, "arr_0")
         if self.array.dtype != np.uint8:
             raise UserError(f"arr_0 of {path} is {self.array.dtype}; pictures must be uint8, 0..255")
         if self.array.ndim != 4 or self.array.shape[3] != 3 or 0 in self.array.shape:
@@ -305,26 +287,51 @@ class NpzPictures:
         return f"picture {index}"
 
     def __getitem__(self, entry):
-        return torch.from_numpy(np.array(self.array[entry[1]])).permute(2, 0, 1), 0, entry[1], True
+        return torch.from_numpy(np.array(self.array[entry[1]])).permute(2, 0, 1), 0, entry[1], ""
 
 
-def map_npz(path, name):
+def npz_array(path, name, shape=None):
     """An array of an .npz: a memory map where it is stored plainly (np.savez), so that ten gigabytes of
-    pictures need no memory; else (np.savez_compressed) in memory."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+    pictures need no memory; else (np.savez_compressed) in memory. Nothing is unpacked of one that is not of
+    `shape` (None in it: any), or that is longer than its header and deflate allow."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as plain:
         entry = archive.getinfo(f"{name}.npy")
-        file.seek(entry.header_offset + 26)  # the entry's own header: 30 bytes, then its name and extras
-        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-        if entry.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(file) == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-            if not (fortran_order or dtype.hasobject or 0 in shape):
-                return np.memmap(path, dtype, "r", file.tell(), shape)
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays[name]
+        with archive.open(entry) as file:
+            old = np.lib.format.read_magic(file) == (1, 0)
+            header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+            found, fortran_order, dtype = header(file)
+            start = file.tell()
+        if shape is not None and (len(found), *found) != (
+            len(shape),
+            *(s or n for s, n in zip(shape, found)),
+        ):
+            raise UserError(f"{path} holds no moments of Inception: {name} of shape {shape} is missing")
+        if dtype.hasobject or dtype.kind not in "biufU":
+            raise UserError(f"{name} of {path} is {dtype}, not numbers")
+        length = start + math.prod(found) * dtype.itemsize
+        if length != entry.file_size or length > 1100 * min(entry.compress_size, os.path.getsize(path)):
+            raise ValueError(f"{name} is not as long as its header says")
+        if entry.compress_type == zipfile.ZIP_STORED and not (fortran_order or shape or 0 in found):
+            plain.seek(entry.header_offset + 26)  # the entry's own header: 30 bytes, then its name and extras
+            start += entry.header_offset + 30 + sum(struct.unpack("<HH", plain.read(4)))
+            return np.memmap(path, dtype, "r", start, found)
+        with archive.open(entry) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def in_words(shape):
     return f"{shape[1]}x{shape[0]}"  # width x height
+
+
+# Arrays of statistics files, and their shapes
+STORED = {
+    "mu": (2048,),
+    "sigma": (2048, 2048),
+    "mu_s": (2023,),
+    "sigma_s": (2023, 2023),
+    "pool": (None, 2048),
+}
+STORED |= {"size": (2,), "convention": (), "inception": ()}
 
 
 class PictureSet:
@@ -338,53 +345,52 @@ class PictureSet:
     """
 
     def __init__(self, rt, path):
-        self.path, self.words, self.pictures = path, [], None
+        self.path, self.words, self.warnings, self.pictures = path, [], [], None
         self.pool = self.spatial = self.features = None
         self.count = self.shape = self.convention = self.inception = None
         if os.path.isdir(path):
             self.pictures = FolderPictures(rt, path)
             return
-        if not os.path.isfile(path):
-            raise UserError(f"there is no folder or file {path}")
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                stored = {name: None if name == "arr_0" else arrays[name] for name in arrays.files}
-            self.pictures = NpzPictures(path) if "arr_0" in stored else None
-        except UserError:
-            raise
-        except Exception:  # noqa: BLE001 (NumPy and zipfile raise a dozen types for damaged files)
-            raise UserError(f"{path} is not an .npz that NumPy can read, or it is cut short") from None
-        if "mu" in stored:
-            self._take(stored)
-        elif self.pictures is None:
-            raise UserError(
-                f"{path} has neither pictures (arr_0) nor moments (mu, sigma), but {sorted(stored)}"
-            )
+        with runtime.reading(path, "an .npz of pictures or statistics"):
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "arr_0" in names:
+                self.pictures = NpzPictures(path)
+            if "mu" in names:
+                self._take({name: npz_array(path, name, STORED[name]) for name in STORED if name in names})
+            elif self.pictures is None:
+                raise UserError(
+                    f"{path} has neither pictures (arr_0) nor moments (mu, sigma), but {names[:9]}"
+                )
 
     def _take(self, stored):
         """Statistics of this project, of ADM's reference files, or of pytorch-fid."""
-        shapes = {"mu": (2048,), "sigma": (2048, 2048)}
-        if "mu_s" in stored:
-            shapes |= {"mu_s": (2023,), "sigma_s": (2023, 2023)}
-            self.spatial = stored["mu_s"], stored.get("sigma_s")
-        for name, shape in shapes.items():
-            if getattr(stored.get(name), "shape", None) != shape:
-                raise UserError(
-                    f"{self.path} holds no moments of Inception: {name} of shape {shape} is missing"
-                )
+        for name, array in stored.items():
+            if array.dtype.kind != "U":
+                stored[name] = array = array.astype(np.float32 if name == "pool" else np.float64)
+                if not np.isfinite(array).all():
+                    raise UserError(f"{self.path}: {name} holds values that are not finite")
         self.pool = stored["mu"], stored["sigma"]
-        # Files of others do not name the convention: ADM's carry spatial moments, pytorch-fid's do not.
-        self.convention = str(stored.get("convention", "tf1" if self.spatial else "half-pixel"))
+        if "mu_s" in stored:
+            self.spatial = stored["mu_s"], stored["sigma_s"]
+        # Files of others do not name the convention. Spatial moments are ADM's; no others tell.
+        self.convention = (
+            str(stored["convention"]) if "convention" in stored else "tf1" if self.spatial else None
+        )
         self.inception = str(stored["inception"]) if "inception" in stored else None
         self.words.append("stored moments")
         if "pool" in stored:
-            self.features, self.shape = torch.from_numpy(stored["pool"]), tuple(stored["size"].tolist())
-            self.count = len(self.features)
+            self.features = torch.from_numpy(stored["pool"])
+            self.shape, self.count = tuple(map(int, stored["size"])), len(self.features)
             self.words.append(f"stored features of {self.count} pictures {in_words(self.shape)}")
 
     def check(self, convention, sha256):
-        """Raise UserError where the stored statistics are not of this convention and these Inception
-        weights."""
+        """Raise UserError where the stored statistics are not of this convention and these Inception weights;
+        warn where they do not say."""
+        if self.pool and self.convention is None:
+            self.warnings.append(
+                f"{self.path} does not say the convention of its statistics; {convention} was taken for it"
+            )
         if self.convention not in (None, convention):
             raise UserError(
                 f"{self.path} holds statistics made with --convention {self.convention}, not {convention}; "
@@ -429,13 +435,8 @@ class PictureSet:
             "sigma_s": self.spatial[1],
         }
         arrays |= {"pool": self.features.numpy(), "size": np.array(self.shape)}
-        scratch = Path(f"{path}.tmp")
-        try:
-            with open(scratch, "wb") as file:
-                np.savez(file, **arrays, convention=convention, inception=sha256)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with runtime.replacing(path) as file:
+            np.savez(file, **arrays, convention=convention, inception=sha256)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -446,6 +447,7 @@ def compare(reference, samples, classifier):
     """All numbers of two measured `PictureSet`s: {name: value, or a sentence why there is none}, and
     warnings. classifier: Inception's last weight matrix (1008, 2048)."""
     numbers, warnings = {"FID": frechet_distance(*reference.pool, *samples.pool)}, []
+    warnings += reference.warnings + samples.warnings
     moments_only = "not computed ({} moments only)"
     if reference.spatial and samples.spatial:
         numbers["sFID"] = frechet_distance(*reference.spatial, *samples.spatial)
@@ -458,9 +460,10 @@ def compare(reference, samples, classifier):
         probabilities = (features @ weight.T).softmax(1)  # (N, 2048) -> (N, 1008)
         numbers["IS"], numbers["IS deviation"] = inception_score(probabilities)
         numbers["IS splits"] = math.ceil(len(features) / 5000)
-        if seem_sorted(probabilities):
+        if len(features) > 5000 and len(features) % 5000:
             warnings.append(
-                "the samples seem sorted by class, which spoils IS: make picture i of class i mod (number of classes)"
+                f"the last split of IS has {len(features) % 5000} pictures, not 5000, which makes IS too small: "
+                f"take a multiple of 5000"
             )
         del features, probabilities
     if samples.features is None or reference.features is None:
@@ -475,6 +478,9 @@ def compare(reference, samples, classifier):
             )
     if None not in (reference.shape, samples.shape) and reference.shape != samples.shape:
         warnings.append("the reference and the samples differ in picture size")
+    for name, value in numbers.items():
+        if not isinstance(value, str) and not math.isfinite(value):
+            raise UserError(f"{name} is {value}: the features or Inception's weights hold huge values")
     return numbers, warnings
 
 
@@ -482,8 +488,8 @@ def check_writable(*paths):
     """Raise UserError now, not after an hour, where a file could not be written."""
     for path in filter(None, paths):
         folder = Path(path).absolute().parent
-        if Path(path).is_dir():
-            raise UserError(f"cannot write {path}: it is a folder")
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"cannot write {path}: it is a folder or a device")
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UserError(f"cannot write {path}: its folder does not exist or is read-only")
 

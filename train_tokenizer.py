@@ -341,9 +341,10 @@ def measure(rt, tokenizer, pictures, args, grid_path):
     count = min(args.eval_pictures, len(pictures))
     chosen = torch.linspace(0, len(pictures) - 1, count).long().tolist()  # spread over all classes
     batches = data.evaluation_batches(pictures, args.micro_batch, rt.rank, rt.world, args.workers, chosen)
-    seen = torch.zeros(2**tokenizer.config.bits)
-    total, number, shown = 0.0, 0, None
-    for images, _, _, _ in batches:
+    seen = torch.zeros(2**tokenizer.config.bits, dtype=torch.uint8)
+    total, number, shown, bad = 0.0, 0, None, data.BadPictures(pictures)
+    for images, _, _, unreadable in batches:
+        bad.add(unreadable)
         if len(images) == 0:
             continue
         with runtime.autocast(rt.device, args.precision):
@@ -358,10 +359,11 @@ def measure(rt, tokenizer, pictures, args, grid_path):
         seen[indices.flatten().cpu()] = 1
     if rt.main and shown is not None:
         grid_path.parent.mkdir(exist_ok=True)
-        data.picture_grid(shown, columns=len(shown) // 2).save(grid_path)
-    total, number = rt.reduce([total, number])
-    used = sum(rt.reduce(seen, "max")) / len(seen)
-    return {"val_psnr": total / max(number, 1), "val_codebook_use": used}
+        with runtime.replacing(grid_path) as file:
+            data.picture_grid(shown, columns=len(shown) // 2).save(file, "PNG")
+    total, number, unreadable = rt.reduce([total, number, bad.count])
+    bad.check(unreadable, max(count, 100) / len(pictures))  # a single one among few stops no training
+    return {"val_psnr": total / max(number, 1), "val_codebook_use": int(rt.union(seen).sum()) / len(seen)}
 
 
 if __name__ == "__main__":

@@ -204,18 +204,6 @@ def test_inception_score_closed_forms():
     assert deviation == pytest.approx(np.std([8, 1, 2]), rel=1e-12)
 
 
-def test_samples_sorted_by_class_are_noticed():
-    rng = np.random.default_rng(0)
-    classes = np.arange(1300) % 10
-    p = torch.from_numpy(np.eye(10)[classes] + rng.uniform(0, 0.3, (1300, 10)))
-    p /= p.sum(1, keepdim=True)
-    sorted_p = p[np.argsort(classes, kind="stable")]
-    assert not fid.seem_sorted(p, 500)
-    assert fid.seem_sorted(sorted_p, 500)
-    assert not fid.seem_sorted(sorted_p, 1300)  # one split: no harm done
-    assert fid.inception_score(sorted_p, 1300)[0] == pytest.approx(fid.inception_score(p, 1300)[0], rel=1e-12)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Precision and recall
 
@@ -403,7 +391,7 @@ def bad_inputs(tmp_path):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:-100])
     np.save(tmp_path / "single.npy", grey)
     return [
-        ("absent", "no folder or file"),
+        ("absent", "there is no file"),
         ("empty", "no pictures"),
         ("text", "no pictures"),
         ("mixed", "a.png is 8x8, b.png is 9x8"),
@@ -411,9 +399,9 @@ def bad_inputs(tmp_path):
         ("float.npz", "float64"),
         ("flat.npz", "shape"),
         ("none.npz", "shape"),
-        ("pickle.npz", "object|cannot|can read"),
+        ("pickle.npz", "arr_0 of .* is object"),
         ("moments.npz", r"mu of shape \(2048,\)"),
-        ("cut.npz", "cut short"),
+        ("cut.npz", "damaged: File is not a zip file"),
         ("single.npy", "not an .npz"),
     ]
 
@@ -453,7 +441,6 @@ def test_statistics_of_other_conventions_and_weights_are_refused(tmp_path):
     np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma, **space)
     np.savez(tmp_path / "own.npz", mu=mu, sigma=sigma, **space, convention="half-pixel", inception="abc")
     for name, convention, other in [
-        ("pytorch_fid", "half-pixel", "tf1"),
         ("adm", "tf1", "half-pixel"),
         ("own", "half-pixel", "tf1"),
     ]:
@@ -463,6 +450,11 @@ def test_statistics_of_other_conventions_and_weights_are_refused(tmp_path):
             opened.check(other, "abc")
     with pytest.raises(UserError, match="other Inception weights"):
         opened.check("half-pixel", "abd")
+    assert opened.warnings == []
+    for convention in ("tf1", "half-pixel"):  # the file says neither: what the user says holds
+        opened = fid.PictureSet(ALONE, tmp_path / "pytorch_fid.npz")
+        opened.check(convention, "abc")
+        assert f"does not say the convention of its statistics; {convention} was" in opened.warnings[0]
 
 
 def test_only_the_published_weights_pass_for_such():
