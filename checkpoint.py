@@ -300,7 +300,7 @@ def changed_settings(old, new, may_change):
         if name in may_change or before == value or (name.endswith("_hash") and name not in old):
             continue
         if name.endswith("_hash"):
-            found.append(f"the {name.removesuffix('_hash')} is not the same")
+            found.append(f"{name.removesuffix('_hash')} of other contents")
         else:
             derived = name in ("pictures", "total_steps")  # from flags, and none itself
             shown = name.replace("_", " ") if derived else "--" + name.replace("_", "-")

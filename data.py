@@ -330,7 +330,13 @@ class Glyphs:
         self.source, self.size, self.train, self.seed = source, size, train, seed
         parts = source.split(":")[1:]
         count, classes = parts + [str(GLYPH_COUNT), GLYPHS][len(parts) :] if len(parts) < 3 else ("", "")
-        if not (count.isdecimal() and int(count) > 0 and classes.isascii() and classes.isalnum()):
+        if not (
+            count.isdecimal()
+            and len(count) < 10
+            and int(count) > 0
+            and classes.isascii()
+            and classes.isalnum()
+        ):
             raise UserError(f"'{source}' is not glyphs:COUNT:CLASSES, for instance glyphs:4000:ABCDEFGH")
         if len(set(classes)) < len(classes):
             raise UserError(f"the glyph classes {classes} name a letter twice")
@@ -701,6 +707,10 @@ class CodeDataset:
         labels = _labels_of(folder).astype(np.int64)
         self.rows = np.flatnonzero(labels >= 0)
         self.labels = labels[self.rows]
+        made_of = {name: value for name, value in self.manifest.items() if name != "source"}
+        self.identity = hashlib.sha256(
+            json.dumps(made_of, sort_keys=True).encode() + labels.tobytes()
+        ).hexdigest()
         if not len(self.rows) or labels.min() < UNREADABLE or labels.max() >= len(self.classes):
             raise UserError(
                 f"{folder}/labels.bin names no picture, or classes that there are not: it is damaged; "

@@ -647,9 +647,3 @@ def reading(path, what):
 def free_gib(folder):
     """Free disk space at `folder`, in GiB."""
     return shutil.disk_usage(folder).free / 2**30
-
-
-if __name__ == "__main__":
-    import machine  # the report; it imports this file once more, under its own name
-
-    machine.runtime.run_script(machine.main)

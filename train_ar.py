@@ -170,7 +170,7 @@ def main():
 
     # Resume
     settings = vars(args) | {"pictures": len(codes), "total_steps": total}
-    settings |= {"tokenizer_hash": codes.manifest["tokenizer_hash"]}
+    settings |= {"tokenizer_hash": codes.manifest["tokenizer_hash"], "codes_hash": codes.identity}
     out = Path(args.out)
     path, state = load_latest(rt, out, "ar")
     first = 0

@@ -55,7 +55,14 @@ for name, preset in PRESETS.items():
 # Settings that a resumed run may change freely. They leave the weights alone, up to rounding; but for the
 # micro-batch, over which codebook entropy and BatchNorm go, and which the memory at hand may dictate.
 MAY_CHANGE = {"out", "workers", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
-MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset"}
+MAY_CHANGE |= {
+    "val_data",
+    "compile",
+    "allow_changes",
+    "micro_batch",
+    "preset",
+    "data",
+}  # its contents are compared
 
 
 def parse(argv=None):
@@ -181,6 +188,7 @@ def main():
 
     # Resume
     settings = vars(args) | {"pictures": len(pictures), "total_steps": total}
+    settings |= {"pictures_hash": data.identity(pictures)}
     out = Path(args.out)
     path, state = load_latest(rt, out, "tokenizer")
     first = 0

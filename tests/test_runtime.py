@@ -1,95 +1,15 @@
-"""The report of `python runtime.py`, alone, by two processes, and where something is wrong."""
+"""Launching, flags, messages, files: what every script shares."""
 
-import importlib.metadata
 import os
-import platform
 import re
-import subprocess
 
 import pytest
-from scripts import ROOT, command, environment, fails_with_one_line, run
+from scripts import ROOT, fails_with_one_line, run
 
 import encode
 import runtime
 import train_ar
 import train_tokenizer
-
-
-def facts(text):
-    """The report's lines by their first word; notes as a list."""
-    pairs = [re.split(r" {2,}| (?=\d+ on )", line, maxsplit=1) for line in text.splitlines()]
-    return {name: [value.strip() for other, value in pairs if other == name] for name, _ in pairs}
-
-
-def test_report_of_one_process():
-    found = facts(run("runtime.py").stdout)
-    torch_version = importlib.metadata.version("torch")  # torch.__version__ may add what it was built for
-    assert f"python {platform.python_version()}, torch {torch_version}," in found["versions"][0]
-    assert "cpu" in found["devices"][0] and found["backend"] == ["gloo"]
-    assert "fp32" in found["precisions"][0] and "fp16" not in found["precisions"][0]
-    assert "no accelerator: runs on the CPU" in found["note"]
-    assert found["cores"][0].endswith("torch uses 1 in a process")  # as OMP_NUM_THREADS says
-    assert "all-reduce" not in found
-
-
-def test_two_processes_add_up():
-    done = run("runtime.py", processes=2)
-    found = facts(done.stdout)
-    assert found["processes"] == ["2; this is rank 0, 0 on its host"]
-    assert found["ranks"] == [f"0, 1 on {platform.node()}"]
-    speed, micros = re.fullmatch(
-        r"right; 64 MiB at ([\d.]+) GB/s a process, 4 bytes in (\d+) us", found["all-reduce"][0]
-    ).groups()
-    assert float(speed) > 0 and int(micros) > 0
-
-
-BROKEN = """
-import sys
-sys.path.insert(0, {root!r})
-import torch.distributed as dist
-import machine
-whole = dist.all_reduce
-
-def broken(tensor, *more, **options):
-    whole(tensor, *more, **options)
-    if dist.get_rank() == 1 and len(tensor) > 1000:
-        tensor[1000] += 1
-
-dist.all_reduce = broken
-machine.runtime.run_script(machine.main)
-"""
-
-
-def test_a_wrong_sum_ends_in_one_line(tmp_path):
-    (tmp_path / "broken.py").write_text(BROKEN.format(root=str(ROOT)))
-    done = subprocess.run(
-        command(tmp_path / "broken.py", processes=2),
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=120,
-    )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("broken.py")]
-    assert lines and all(
-        f"the all-reduce gives a wrong sum on rank 1 ({platform.node()})" in line for line in lines
-    )
-    assert "exitcode  : 2" in done.stderr and "all-reduce" not in done.stdout
-
-
-def test_a_process_that_never_comes_is_named_in_one_line():
-    here = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    done = subprocess.run(
-        command("runtime.py", "--timeout", 3),
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environment() | here,
-        timeout=60,
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "not all of the 2 processes answered within 3 s" in done.stderr
-    assert "localhost, port 0" in done.stderr and "GLOO_SOCKET_IFNAME" in done.stderr
 
 
 @pytest.mark.parametrize(

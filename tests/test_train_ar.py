@@ -226,6 +226,26 @@ def test_foreign_weights_are_passed_over(flags, tmp_path):
     assert "is no ar checkpoint" in done.stdout and "resumed" not in done.stdout
 
 
+def test_a_run_goes_on_with_its_own_codes_only(whole, flags, codes, tmp_path):
+    """Wherever they lie: what counts is what they are of."""
+    shutil.copy(whole / "step_00000007.pt", tmp_path)
+    made = ["--tokenizer", codes / "tokenizer.pt", "--data", "glyphs:60:XYZ", "--size", 16, "--workers", 0]
+    run("encode.py", *made, "--out", tmp_path / "other")
+    others = ["--codes", tmp_path / "other", "--val-codes", tmp_path / "other"]
+    line = fails_with_one_line("train_ar.py", *flags, *others, "--out", tmp_path)
+    assert "step_00000007.pt: codes of other contents; use" in line
+    moved = shutil.copytree(codes, tmp_path / "moved")
+    assert "at step 7" in run("train_ar.py", *flags, "--codes", moved, "--out", tmp_path).stdout
+    assert log_lines(tmp_path)[-1] == log_lines(whole)[-1]
+
+
+def test_a_checkpoint_older_than_the_hashes_goes_on(whole, flags, tmp_path):
+    state = read_weights(whole / "step_00000007.pt")
+    del state["settings"]["codes_hash"]
+    write_atomically(tmp_path / "step_00000007.pt", state)
+    assert "at step 7" in run("train_ar.py", *flags, "--out", tmp_path).stdout
+
+
 def test_validation_codes_of_another_size(flags, codes, tmp_path):
     """Of the same tokenizer, by encode.py."""
     other = tmp_path / "other"

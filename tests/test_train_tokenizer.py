@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 from golden_files import fill
+from PIL import Image
 from scripts import assert_equal, fails_with_one_line, log_lines, names_in, run, start, wait_for
 
 from checkpoint import read_weights, restore_optimizer
@@ -178,6 +179,21 @@ def test_changed_settings_stop_a_resume(whole):
     line = fails_with_one_line("train_tokenizer.py", *TINY, *wrong, "--out", whole)
     assert "--lr was 0.001, is 0.01" in line and "--seed was 0, is 3" in line
     assert "; use those settings" in line and ", total steps was 8, is 9" in line  # no flag
+
+
+def test_a_run_goes_on_with_its_own_pictures_only(tmp_path):
+    """However their folder is written."""
+    for number, name in enumerate(["a/0.png", "a/1.png", "b/2.png", "b/3.png"]):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 24), (60 * number, 9, 9)).save(tmp_path / "d" / name)
+    (tmp_path / "link").symlink_to("d")
+    flags = [*TINY, "--gan-weight", 0, "--global-batch", 4, "--steps", 1, "--out", tmp_path / "out"]
+    run("train_tokenizer.py", *flags, "--data", tmp_path / "d")
+    for same in (f"{tmp_path}/d/", f"{tmp_path}/./d", tmp_path / "link"):
+        assert "at step 1" in run("train_tokenizer.py", *flags, "--data", same).stdout
+    (tmp_path / "d" / "b").rename(tmp_path / "d" / "c")
+    line = fails_with_one_line("train_tokenizer.py", *flags, "--data", tmp_path / "d")
+    assert "pictures of other contents; use" in line
 
 
 def test_a_flag_younger_than_the_checkpoint_was_off(whole, tmp_path):
