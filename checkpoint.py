@@ -7,12 +7,11 @@ atomically.
 - `save_checkpoint`, `load_latest`: training state, written so that a kill at any moment leaves a good file.
 """
 
-import collections
 import hashlib
+import io
 import os
 import pickle
 import re
-import types
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,20 +19,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runtime import UserError, replacing
+from runtime import Unreadable, UserError, reading, replacing
 
 # ---------------------------------------------------------------------------------------------------------
 # Reading
 
 
 class _Inert:
-    """What stands in a file in place of an object of a foreign type: it swallows everything and does
-    nothing."""
+    """What stands in a file in place of anything that is no tensor, number, text or container of these: it
+    swallows everything and does nothing."""
 
     def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
         pass
 
     def __setitem__(self, key, value):
@@ -46,78 +42,100 @@ class _Inert:
         pass
 
 
-# All that a file of tensors needs to name. Anything else becomes an _Inert.
-_SAFE_GLOBALS = {
-    "collections": {"OrderedDict": collections.OrderedDict},
-    "torch": {"Size": torch.Size, "device": torch.device}
-    | {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
-    "torch._utils": {
-        name: getattr(torch._utils, name)
-        for name in (
-            "_rebuild_tensor",
-            "_rebuild_tensor_v2",
-            "_rebuild_parameter",
-            "_rebuild_device_tensor_from_cpu_tensor",
-        )
-    },
+def _tensor(record, offset, shape, stride, *_):
+    return record.as_strided(shape, stride, offset)  # checks that the record holds as much
+
+
+# All that a file may name, and so all that it may call. Anything else becomes an _Inert.
+_KNOWN = {
+    "collections.OrderedDict": lambda *_: {},
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": lambda tensor, *_: tensor,
+    "torch.storage.UntypedStorage": torch.uint8,
 }
+_KNOWN |= {f"torch.{name}": dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
+_KNOWN |= {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
-def _read_past_foreign_types(path):
-    """Read a file that `weights_only=True` refused, with every foreign name replaced by an inert class."""
-    foreign = set()
+class _Unpickler(pickle._Unpickler):
+    """Reads the pickle in a zip archive of torch.save; the tensors' bytes are records beside it."""
 
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if name in _SAFE_GLOBALS.get(module, {}):
-                return _SAFE_GLOBALS[module][name]
-            foreign.add(f"{module}.{name}")
-            return type(name.split(".")[-1], (_Inert,), {})
+    # What a file must not do: set the state of what it names, and have memory taken for bytes it lacks.
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: lambda self: self.stack.pop()}
+    del dispatch[pickle.BYTEARRAY8[0]]
 
-    # torch.load finds storages itself and asks this stand-in for the pickle module for everything else.
-    stand_in = types.SimpleNamespace(
-        __name__="pickle", Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load()
-    )
-    content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=stand_in)
-    warnings.warn(
-        f"{path} holds objects besides weights, which were left unread: {', '.join(sorted(foreign))}",
-        stacklevel=3,
-    )
-    return content
+    def __init__(self, archive):
+        self.archive, self.folder = archive, archive.namelist()[0].split("/")[0]
+        self.records, self.foreign = {}, set()
+        super().__init__(io.BytesIO(archive.read(f"{self.folder}/data.pkl")), encoding="utf-8")
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in _KNOWN:
+            self.foreign.add(f"{module}.{name}")
+        return _KNOWN.get(f"{module}.{name}", _Inert)
+
+    def persistent_load(self, identity):
+        _, dtype, key, *_ = identity
+        if key not in self.records:
+            content = bytearray(self.archive.read(f"{self.folder}/data/{key}"))  # checks its checksum
+            self.records[key] = (
+                torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            )
+        return self.records[key]
+
+
+def _archive(file):
+    """A torch file's records. They never unpack to more than the file holds: torch packs none."""
+    archive = zipfile.ZipFile(file)
+    records, size = archive.infolist(), os.fstat(file.fileno()).st_size
+    if any(record.compress_type for record in records) or sum(record.file_size for record in records) > size:
+        raise UserError(f"{file.name} holds packed records, which torch.save never writes: it is not read")
+    return archive
 
 
 def read_weights(path):
     """The content of a weights file, on the CPU, as plain tensors and containers.
 
-    Reads with `weights_only=True`; a file that holds foreign objects (the released ones were written by
-    PyTorch Lightning) is read once more with each foreign type turned into an inert placeholder, and a
-    warning naming them. Nothing in the file is ever imported or called. Raises UserError for a missing, torn
-    or alien file.
+    Nothing in the file is ever imported or called: objects of foreign types (the released files were written
+    by PyTorch Lightning) become inert placeholders, with a warning that names them; in torch's format of before
+    1.6 they are refused. Raises UserError as `runtime.reading` does.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        pass  # a foreign type, or no pickle at all: the second reading tells
-    except PermissionError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except Exception:  # noqa: BLE001 (torch raises a dozen types for torn files)
-        raise UserError(f"{path} is not a weights file that torch can read, or it is cut short") from None
+        with reading(path, "a weights file that torch can read"), open(path, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                file.seek(0)
+                return _read_old_format(file)
+            unpickler = _Unpickler(_archive(file))
+            content = unpickler.load()
+    except UserError as error:
+        if isinstance(error, Unreadable) or path.parent != _hub():
+            raise
+        raise UserError(f"{error}; remove it, and it is downloaded again") from None
+    if unpickler.foreign:
+        names = ", ".join(sorted(unpickler.foreign))[:300]
+        warnings.warn(f"{path} holds objects besides weights, which were left unread: {names}", stacklevel=2)
+    return content
+
+
+def _read_old_format(file):
     try:
-        return _read_past_foreign_types(path)
-    except Exception:  # noqa: BLE001
-        raise UserError(f"{path} is not a weights file that torch can read") from None
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its message recommends to read without that protection
+        raise ValueError("no format of torch, or its old one with objects besides weights") from None
 
 
 def is_intact(path):
-    """True where every byte of a torch file matches the checksums stored in it (torch itself does not
-    look)."""
+    """True where every byte of a torch file matches the checksums stored in it (reading it looks at those of
+    tensors only). Raises Unreadable where that cannot be told for now."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # noqa: BLE001 (zipfile raises as many)
+        with reading(path, "a zip archive"), open(path, "rb") as file:
+            return _archive(file).testzip() is None
+    except Unreadable:
+        raise
+    except UserError:
         return False
 
 
@@ -152,9 +170,13 @@ def hash_of(state):
 # Finding
 
 
+def _hub():
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
 def download(url):
     """The local file of `url` in torch's hub cache, fetched with a progress bar the first time."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    path = _hub() / url.rsplit("/", 1)[1]
     if not path.exists() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
