@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import locate, match, read_weights
+from checkpoint import entries_of, locate, match, read_weights
 from lfq import merge_indices
-from runtime import UserError, to_device
-from tokenizer import TokenizerConfig, entries_of, tokenizer_from_entries
+from runtime import UserError, reading, to_device
+from tokenizer import TokenizerConfig, tokenizer_from_entries
 
 fused_sampling = fused_training = None
 if torch.cuda.is_available():  # Triton kernels; their import takes a second, which no CPU run should pay
@@ -52,18 +52,22 @@ class ARConfig:
     def __post_init__(self):
         object.__setattr__(self, "factorized_bits", tuple(self.factorized_bits))  # JSON makes it a list
         for name in ("width", "heads", "spatial_layers", "intra_layers", "grid", "num_classes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value, limit = getattr(self, name), 1024 if name == "grid" else 10**6
+            if type(value) is not int or value < 1:
+                raise UserError(f"{name} must be at least 1, and whole, not {value}")
+            if value > limit:
+                raise UserError(f"{name} must be at most {limit}, not {value}")
         if self.width % self.heads or self.head_width % 4:
             raise UserError(
                 f"width {self.width} over {self.heads} heads: a head's width must be a whole multiple of 4 "
                 f"(rotation pairs, half of them for rows and half for columns)"
             )
-        if len(self.factorized_bits) != 2 or min(self.factorized_bits) < 1:
+        bits = self.factorized_bits
+        if len(bits) != 2 or not all(type(b) is int and b >= 1 for b in bits) or sum(bits) > 30:
             raise UserError(
-                f"factorized_bits must be two positive numbers (pre, post), not {self.factorized_bits}"
+                f"factorized_bits must be two positive numbers (pre, post), together at most 30, not {bits}"
             )
-        if not 0 <= self.dropout < 1:
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
     @property
@@ -550,39 +554,49 @@ def load_ar(path_or_name, config=None):
     Raises UserError naming the file, the entries at fault and the size expected; nothing is loaded in part.
     """
     path = locate(path_or_name, RELEASED_AR)
-    content = read_weights(path)
-    kind = content.get("kind") if isinstance(content, dict) else None
-    if kind == "tokenizer":
-        raise UserError(
-            f"{path} is a tokenizer file; give a transformer file (from train_ar.py, or AR_256_B.ckpt)"
-        )
-    if kind == "ar":  # this project's own
-        try:
-            config, entries = config or ARConfig(**content["config"]), content["model"]
-            class_names, carried = content["class_names"], content["tokenizer"] or {}
-            tokenizer_entries = carried and carried["state"]
-            tokenizer_config = carried and TokenizerConfig(**carried["config"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is no whole transformer file of this project: {error}") from None
-    else:
-        class_names = tokenizer_config = None
-        entries, tokenizer_entries = {}, {}
-        for name, value in entries_of(content, path).items():
-            if name.startswith("first_stage_model."):
-                tokenizer_entries[name.removeprefix("first_stage_model.")] = value
-            elif (short := name.removeprefix("transformer.")) in entries:
-                raise UserError(f"{path} holds entry {short} twice, with and without transformer. before it")
-            else:
-                entries[short] = value
-        config = config or _config_by_width(entries, path)
-    with torch.device("meta"):  # no memory and no time for an initialisation that is replaced
-        model = ARTransformer(config)
-    match(entries, model.state_dict(), path, _describe(config))
-    model.load_state_dict({name: value.float() for name, value in entries.items()}, assign=True)
-    model.class_names = class_names
-    if not tokenizer_entries:
-        return model.eval(), None
-    return model.eval(), tokenizer_from_entries(tokenizer_entries, path, tokenizer_config)
+    with reading(path, "a transformer file"):
+        content = read_weights(path)
+        kind = content.get("kind") if isinstance(content, dict) else None
+        if kind == "tokenizer":
+            raise UserError(
+                f"{path} is a tokenizer file; give a transformer file (from train_ar.py, or AR_256_B.ckpt)"
+            )
+        if kind == "ar":  # this project's own
+            try:
+                config, entries = config or ARConfig(**content["config"]), content["model"]
+                class_names, carried = content["class_names"], content["tokenizer"] or {}
+                tokenizer_entries = carried and carried["state"]
+                tokenizer_config = carried and TokenizerConfig(**carried["config"])
+                if (
+                    class_names is not None
+                    and [type(name) for name in class_names] != [str] * config.num_classes
+                ):
+                    raise UserError(f"class_names are not those of {config.num_classes} classes")
+            except (KeyError, TypeError, UserError) as error:
+                raise UserError(f"{path} is no whole transformer file of this project: {error}") from None
+        else:
+            class_names = tokenizer_config = None
+            entries, tokenizer_entries = {}, {}
+            for name, value in entries_of(content, path).items():
+                if name.startswith("first_stage_model."):
+                    tokenizer_entries[name.removeprefix("first_stage_model.")] = value
+                elif (short := name.removeprefix("transformer.")) in entries:
+                    raise UserError(
+                        f"{path} holds entry {short} twice, with and without transformer. before it"
+                    )
+                else:
+                    entries[short] = value
+            config = config or _config_by_width(entries, path)
+        if config.spatial_layers + config.intra_layers > len(entries):  # before so many are built
+            raise UserError(f"{path} holds {len(entries)} entries, too few for {config}")
+        with torch.device("meta"):  # no memory and no time for an initialisation that is replaced
+            model = ARTransformer(config)
+        match(entries, model.state_dict(), path, _describe(config))
+        model.load_state_dict({name: value.float() for name, value in entries.items()}, assign=True)
+        model.class_names = class_names
+        if not tokenizer_entries:
+            return model.eval(), None
+        return model.eval(), tokenizer_from_entries(tokenizer_entries, path, tokenizer_config)
 
 
 def _config_by_width(entries, source):

@@ -7,11 +7,14 @@ atomically.
 - `save_checkpoint`, `load_latest`: training state, written so that a kill at any moment leaves a good file.
 """
 
+import contextlib
 import hashlib
 import io
 import os
 import pickle
 import re
+import urllib.request
+import uuid
 import warnings
 import zipfile
 from pathlib import Path
@@ -19,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runtime import Unreadable, UserError, reading, replacing
+from runtime import Unreadable, UserError, reading, reason_of, replacing
 
 # ---------------------------------------------------------------------------------------------------------
 # Reading
@@ -139,22 +142,61 @@ def is_intact(path):
         return False
 
 
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def entries_of(content, source):
+    """The flat name -> tensor dict of a released container or a bare state dict, without the prefixes that DDP
+    and torch.compile put before names."""
+    entries = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries):
+        raise UserError(f"{source} holds no state dict")
+    wrapper = re.compile(r"\b((module|_orig_mod)\.)+")
+    plain = {wrapper.sub("", name): value for name, value in entries.items()}
+    if len(plain) < len(entries):
+        raise UserError(f"{source} holds entries twice, with and without module. or _orig_mod. before them")
+    if prefix := wrapper.search(" ".join(entries)):
+        warnings.warn(
+            f"{source} is of a wrapped model: {prefix[0]} is left out of entries' names", stacklevel=3
+        )
+    return plain
+
+
 def match(found, expected, source, what):
-    """Check that the entries `found` (name -> tensor) are exactly `expected` (name -> tensor or shape).
+    """Check that the entries `found` (name -> tensor) are exactly `expected` (name -> tensor): plain tensors of
+    those shapes, floats where floats are due, and finite.
 
     Raises UserError naming the entries at fault, the file `source` and `what` model was expected.
     """
-    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in expected.items()}
-    faults = [f"entry {name} is missing" for name in shapes if name not in found]
-    faults += [f"entry {name} is unexpected" for name in found if name not in shapes]
+    found = found if isinstance(found, dict) else {}
+    faults = [f"entry {name} is missing" for name in expected if name not in found]
+    faults += [f"entry {name} is unexpected" for name in found if name not in expected]
     for name, value in found.items():
-        if name in shapes and not isinstance(value, torch.Tensor):
-            faults.append(f"entry {name} is not a tensor")
-        elif name in shapes and tuple(value.shape) != shapes[name]:
-            faults.append(f"entry {name} has shape {tuple(value.shape)}, expected {shapes[name]}")
+        if name not in expected:
+            continue
+        due = expected[name]
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+            faults.append(f"entry {name} is not a tensor that holds numbers")
+        elif value.shape != due.shape:
+            faults.append(f"entry {name} has shape {tuple(value.shape)}, expected {tuple(due.shape)}")
+        elif value.dtype != due.dtype and not {value.dtype, due.dtype} <= _FLOATS:
+            faults.append(f"entry {name} holds {value.dtype}, expected {due.dtype}")
+    # A file may hold one number for a whole tensor.
+    size = 4 * sum(due.numel() for due in expected.values())
+    if not faults and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        faults = [f"its {size / 2**30:.0f} GiB of weights are more than this machine's memory"]
+    if not faults:
+        faults = [
+            f"entry {name} holds values that are not finite" for name in found if not _finite(found[name])
+        ]
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"{source} does not hold {what}: {'; '.join(faults[:3])}{more}")
+
+
+def _finite(value):
+    """Whether all values are finite, in float32 too. No memory is taken for it."""
+    return not value.is_floating_point() or bool(torch.stack(value.aminmax()).float().isfinite().all())
 
 
 def hash_of(state):
@@ -175,33 +217,54 @@ def _hub():
 
 
 def download(url):
-    """The local file of `url` in torch's hub cache, fetched with a progress bar the first time."""
-    path = _hub() / url.rsplit("/", 1)[1]
-    if not path.exists() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), progress=True)
-        except OSError as error:  # urllib's errors are OSErrors
-            reason = getattr(error, "reason", error)
-            raise UserError(
-                f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}"
-            ) from None
+    """The local file of `url` in torch's hub cache, fetched with a progress bar the first time. Where that fails
+    for one process it fails for all."""
+    path, failures = _hub() / url.rsplit("/", 1)[1], [None]
+    if not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
+        failures = [_fetch(url, path)]
     if dist.is_initialized():
-        dist.barrier()
+        own, failures = failures[0], [None] * dist.get_world_size()
+        dist.all_gather_object(failures, own)
+    for failure in filter(None, failures):
+        raise UserError(failure)
     return path
+
+
+def _fetch(url, path):
+    """Download a file that is not there; whole or not at all. Returns what went wrong, in words, or None."""
+    scratch = Path(f"{path}.{uuid.uuid4().hex}")  # hosts may share the folder
+    try:
+        if path.exists():
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(scratch), progress=True)
+        with urllib.request.urlopen(url) as answer:  # torch does not compare
+            size, whole = scratch.stat().st_size, int(answer.headers.get("Content-Length", -1))
+        if whole not in (size, -1):
+            raise ValueError(f"{size} of {whole} bytes came")
+        scratch.replace(path)
+    except Exception as error:  # noqa: BLE001 (of urllib, http.client, the disk)
+        reason = reason_of(getattr(error, "reason", error))
+        return f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}"
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
 def locate(name_or_path, released):
     """The weights file meant by `name_or_path`: a file; a run folder (its newest intact checkpoint); or a
     name in `released` (name -> address), downloaded once. Raises UserError where it is none of these."""
     path = Path(name_or_path)
-    if path.is_file():
+    try:
+        if path.is_dir():
+            for candidate in reversed(checkpoints(path)):
+                if is_intact(candidate):
+                    return candidate
+            raise UserError(f"the folder {path} holds no intact checkpoint (step_*.pt)")
+    except OSError as error:
+        raise Unreadable(f"cannot read {path}: {reason_of(error)}") from None
+    if os.path.lexists(path):
         return path
-    if path.is_dir():
-        for candidate in reversed(checkpoints(path)):
-            if is_intact(candidate):
-                return candidate
-        raise UserError(f"the folder {path} holds no intact checkpoint (step_*.pt)")
     if str(name_or_path) in released:
         return download(released[str(name_or_path)])
     raise UserError(
@@ -215,7 +278,11 @@ def locate(name_or_path, released):
 
 def checkpoints(folder):
     """The checkpoints of a run, oldest first. A step_best.pt that someone put beside them is none of ours."""
-    found = [path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_[0-9]+", path.stem)]
+    try:
+        names = os.listdir(folder)  # Path.glob finds nothing in a folder that it may not read
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [Path(folder, name) for name in names if re.fullmatch(r"step_[0-9]+\.pt", name)]
     return sorted(found, key=_step_of)
 
 
@@ -264,9 +331,10 @@ def load_latest(rt, folder, kind):
     """(path, state) of the newest intact checkpoint of `kind` in a run folder, or (None, None) for a fresh
     start.
 
-    A torn or foreign file is passed over for the older one, with a warning; a whole one of the other stage is
-    an error, as the run would push it out. All ranks read the file that the main process chose, so the folder
-    must be on a file system that every host sees.
+    A torn or foreign file is passed over for the older one, with a warning. A whole one of the other stage or
+    without training state is an error, as the run would push it out; so is one that cannot be read for now, as
+    the run would write over it. All ranks read the file that the main process chose, so the folder must be on a
+    file system that every host sees.
     """
     chosen, state = None, None
     if rt.main:
@@ -275,12 +343,19 @@ def load_latest(rt, folder, kind):
         for path in reversed(checkpoints(folder)):
             try:
                 state = read_weights(path) if is_intact(path) else None
+            except Unreadable:
+                raise
             except UserError:
                 state = None
-            if isinstance(state, dict) and state.get("kind") == kind:
+            found = state.get("kind") if isinstance(state, dict) else None
+            if found == kind:
+                if type(state.get("step")) is not int or not isinstance(state.get("settings"), dict):
+                    raise UserError(
+                        f"{path} holds no training state; move it elsewhere, or give another --out"
+                    )
                 chosen = path
                 break
-            if isinstance(state, dict) and state.get("kind") in ("tokenizer", "ar"):
+            if found in ("tokenizer", "ar"):
                 raise UserError(f"{path} is a checkpoint of the other stage; give another --out")
             reason = "is torn or damaged" if state is None else f"is no {kind} checkpoint"
             rt.say(f"warning: {path} {reason}; passing it over")
@@ -288,7 +363,7 @@ def load_latest(rt, folder, kind):
     if chosen is None:
         return None, None
     if not rt.main:
-        if not chosen.is_file():
+        if not chosen.exists():
             raise UserError(
                 f"{chosen} is not visible on this host; put --out on a file system that all hosts share"
             )

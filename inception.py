@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import checkpoint
-from runtime import UserError, exact_float32
+from runtime import exact_float32, reading
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the last word is the start of its SHA-256
 INCEPTION_ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -215,12 +215,11 @@ def load_inception(path=None):
     Raises UserError where there is no such file, no network to fetch it, or the file is another network's.
     """
     path = Path(path) if path else checkpoint.download(INCEPTION_ADDRESS)
-    entries, model = checkpoint.read_weights(path), InceptionV3()
-    if not isinstance(entries, dict):
-        raise UserError(f"{path} holds no state dict")
+    entries, model = checkpoint.entries_of(checkpoint.read_weights(path), path), InceptionV3()
     checkpoint.match(entries, model.state_dict(), path, f"the Inception network ({INCEPTION_FILE})")
     model.load_state_dict(entries)
-    return model, hashlib.sha256(path.read_bytes()).hexdigest()
+    with reading(path, "a weights file"):
+        return model, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def weights_in_words(sha256):

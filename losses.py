@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import relu, softplus
 
-from checkpoint import download, match, read_weights
+from checkpoint import download, entries_of, match, read_weights
 from runtime import UserError
 from tokenizer import fast_layout
 
@@ -160,16 +160,17 @@ def load_lpips(network="vgg", path=None):
     wanted = lpips.state_dict()
     constants = _ScalingLayer().state_dict(prefix="scaling_layer.")
     if path is not None:
-        content = read_weights(path)
-        entries = content.get("state_dict", content) if isinstance(content, dict) else {}
+        entries = entries_of(read_weights(path), path)
         prefix = "loss.perceptual_loss."
         if any(name.startswith(prefix) for name in entries):
             entries = {n.removeprefix(prefix): v for n, v in entries.items() if n.startswith(prefix)}
         entries = constants | entries
     else:
         backbone, heads = download(BACKBONES[network]), download(HEADS[network])
-        layers = read_weights(backbone)  # features.N.weight, and a classifier that LPIPS has no use for
-        entries = constants | read_weights(heads)
+        layers = entries_of(
+            read_weights(backbone), backbone
+        )  # features.N.weight, and a classifier that LPIPS has no use for
+        entries = constants | entries_of(read_weights(heads), heads)
         for name in wanted:
             if name.startswith("net."):  # net.slice2.5.weight is features.5.weight
                 source = "features." + name.split(".", 2)[2]

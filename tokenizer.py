@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d, silu
 
-from checkpoint import locate, match, read_weights
+from checkpoint import entries_of, locate, match, read_weights
 from lfq import LFQ, indices_to_codes
-from runtime import UserError
+from runtime import UserError, reading
 
 fused_norm = None
 if torch.cuda.is_available():  # Triton kernels
@@ -40,6 +40,9 @@ class TokenizerConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        numbers = (self.channels, *self.channel_multipliers, self.blocks_per_level, self.bits)
+        if not all(type(number) is int and number <= 10**6 for number in numbers):
+            raise UserError(f"a tokenizer's size is of whole numbers up to a million, not {numbers}")
         if self.channels < 32 or self.channels % 32:
             raise UserError(
                 f"channels must be a multiple of 32 (GroupNorm has 32 groups), not {self.channels}"
@@ -289,30 +292,23 @@ def load_tokenizer(path_or_name, ema=True):
     Raises UserError naming the file and the entries at fault; nothing is ever loaded in part.
     """
     path = locate(path_or_name, RELEASED_TOKENIZERS)
-    content = read_weights(path)
-    kind = content.get("kind") if isinstance(content, dict) else None
-    if kind not in ("tokenizer", "ar"):
-        return tokenizer_from_entries(_weights_of(entries_of(content, path), path, ema), path)
-    try:  # this project's own
-        if kind == "tokenizer":
-            state = content.get("tokenizer_ema", content["tokenizer"]) if ema else content["tokenizer"]
-        elif content["tokenizer"] is None:
-            raise UserError(f"{path} is a transformer file that carries no tokenizer")
-        else:  # the tokenizer it was trained with
-            content = content["tokenizer"]
-            state = content["state"]
-        config = TokenizerConfig(**content["config"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is no whole file of this project: {error}") from None
-    return tokenizer_from_entries(state, path, config)
-
-
-def entries_of(content, source):
-    """The flat name -> tensor dict of a released container or a bare state dict."""
-    entries = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries):
-        raise UserError(f"{source} holds no state dict")
-    return dict(entries)
+    with reading(path, "a tokenizer file"):
+        content = read_weights(path)
+        kind = content.get("kind") if isinstance(content, dict) else None
+        if kind not in ("tokenizer", "ar"):
+            return _released(entries_of(content, path), path, ema)
+        try:  # this project's own
+            if kind == "tokenizer":
+                state = content.get("tokenizer_ema", content["tokenizer"]) if ema else content["tokenizer"]
+            elif content["tokenizer"] is None:
+                raise UserError("it is a transformer file that carries no tokenizer")
+            else:  # the tokenizer it was trained with
+                content = content["tokenizer"]
+                state = content["state"]
+            config = TokenizerConfig(**content["config"])
+        except (KeyError, TypeError, UserError) as error:
+            raise UserError(f"{path} is no whole file of this project: {error}") from None
+        return tokenizer_from_entries(state, path, config)
 
 
 # What else a released tokenizer file holds: LPIPS, and the discriminator (of those pretrained at scale, another one).
@@ -323,11 +319,12 @@ _OF_TRAINING = re.compile(
 )
 
 
-def _weights_of(entries, source, ema):
-    """The `encoder.*` and `decoder.*` entries to use among those of a released file."""
-    carried = _strip(entries, "first_stage_model.")
+def _released(entries, source, ema):
+    """The Tokenizer of a released file, or of a bare state dict."""
+    prefix = "first_stage_model."
+    carried = {name.removeprefix(prefix): entries[name] for name in entries if name.startswith(prefix)}
     if carried:
-        return carried
+        return tokenizer_from_entries(carried, source)
     weights, averages, other = {}, {}, []
     for name, value in entries.items():
         if name.startswith(("encoder.", "decoder.")):
@@ -338,28 +335,24 @@ def _weights_of(entries, source, ema):
             other.append(name)
     if other:
         raise UserError(f"{source} is no tokenizer file: entry {other[0]} is unexpected")
-    _match_tokenizer(weights, source, _config_of(weights, source))
+    tokenizer = tokenizer_from_entries(weights, source)
     if ema and not averages:
         warnings.warn(
             f"{source} holds no moving average (model_ema.*): its weights are used as they stand",
             stacklevel=3,
         )
-    if not (ema and averages):
-        return weights
-    # Released files: an average is named like its parameter with every dot removed.
-    discriminator = {
-        name: value
-        for name, value in entries.items()
-        if name.startswith("loss.discriminator.") and name.endswith((".weight", ".bias"))
-    }
-    expected = {name.replace(".", ""): value for name, value in (weights | discriminator).items()}
-    found = {name: value for name, value in averages.items() if name not in ("decay", "num_updates")}
-    match(found, expected, f"{source} (under model_ema.)", "the moving average of its weights")
-    return {name: found[name.replace(".", "")] for name in weights}
-
-
-def _strip(entries, prefix):
-    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+    if ema and averages:
+        # Released files: an average is named like its parameter with every dot removed.
+        discriminator = {
+            name: value
+            for name, value in entries.items()
+            if name.startswith("loss.discriminator.") and name.endswith((".weight", ".bias"))
+        }
+        expected = {name.replace(".", ""): value for name, value in (weights | discriminator).items()}
+        found = {name: value for name, value in averages.items() if name not in ("decay", "num_updates")}
+        match(found, expected, f"{source} (under model_ema.)", "the moving average of its weights")
+        tokenizer.load_state_dict({name: found[name.replace(".", "")] for name in weights})
+    return tokenizer
 
 
 def tokenizer_from_entries(entries, source, config=None):
@@ -370,19 +363,16 @@ def tokenizer_from_entries(entries, source, config=None):
     size.
     """
     config = config or _config_of(entries, source)
-    tokenizer = _match_tokenizer(entries, source, config)
+    if len(config.widths) * config.blocks_per_level > len(entries):  # before so many are built
+        raise UserError(f"{source} holds {len(entries)} entries, too few for {config}")
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config)
+    name = next((f"{name} tokenizer" for name, size in TOKENIZER_SIZES.items() if size == config), None)
+    match(entries, tokenizer.state_dict(), source, f"a {name or f'tokenizer of size {asdict(config)}'}")
     tokenizer.load_state_dict(
         {name: value.to(torch.float32).clone() for name, value in entries.items()}, assign=True
     )
     return tokenizer.eval().requires_grad_(True)
-
-
-def _match_tokenizer(entries, source, config):
-    """An empty Tokenizer of that size, once the entries are found to be exactly its own."""
-    with torch.device("meta"):
-        tokenizer = Tokenizer(config)
-    match(entries, tokenizer.state_dict(), source, _describe(config))
-    return tokenizer
 
 
 def _config_of(entries, source):
@@ -397,9 +387,8 @@ def _config_of(entries, source):
             )
         return entries[name].shape
 
-    def count(prefix):  # one more than the largest number behind the prefix
-        numbers = [name.removeprefix(prefix).split(".")[0] for name in entries if name.startswith(prefix)]
-        return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+    def count(prefix):  # of the numbers behind it
+        return len({name.removeprefix(prefix).split(".")[0] for name in entries if name.startswith(prefix)})
 
     channels = shape("encoder.conv_in.weight")[0]
     widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(count("encoder.down."))]
@@ -409,10 +398,3 @@ def _config_of(entries, source):
         blocks_per_level=count("encoder.down.0.block."),
         bits=shape("encoder.conv_out.weight")[0],
     )
-
-
-def _describe(config):
-    for name, size in TOKENIZER_SIZES.items():
-        if size == config:
-            return f"a {name} tokenizer"
-    return f"a tokenizer of size {asdict(config)}"
