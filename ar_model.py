@@ -54,7 +54,7 @@ class ARConfig:
         for name in ("width", "heads", "spatial_layers", "intra_layers", "grid", "num_classes"):
             value, limit = getattr(self, name), 1024 if name == "grid" else 10**6
             if type(value) is not int or value < 1:
-                raise UserError(f"{name} must be at least 1, and whole, not {value}")
+                raise UserError(f"{name} must be at least 1, and whole, not {value!r}")
             if value > limit:
                 raise UserError(f"{name} must be at most {limit}, not {value}")
         if self.width % self.heads or self.head_width % 4:
@@ -588,7 +588,7 @@ def load_ar(path_or_name, config=None):
                     entries[short] = value
             config = config or _config_by_width(entries, path)
         if config.spatial_layers + config.intra_layers > len(entries):  # before so many are built
-            raise UserError(f"{path} holds {len(entries)} entries, too few for {config}")
+            raise UserError(f"{path} holds {len(entries)} entries, too few for the blocks of its size")
         with torch.device("meta"):  # no memory and no time for an initialisation that is replaced
             model = ARTransformer(config)
         match(entries, model.state_dict(), path, _describe(config))

@@ -29,37 +29,24 @@ from runtime import Unreadable, UserError, reading, reason_of, replacing
 
 
 class _Inert:
-    """What stands in a file in place of anything that is no tensor, number, text or container of these: it
-    swallows everything and does nothing."""
+    """What stands in a file in place of anything but tensors, numbers, texts and containers of these: it swallows
+    everything and does nothing."""
 
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
-
-    def append(self, value):
-        pass
-
-    def extend(self, values):
-        pass
-
-
-def _tensor(record, offset, shape, stride, *_):
-    return record.as_strided(shape, stride, offset)  # checks that the record holds as much
+    __init__ = __setitem__ = append = extend = add = lambda self, *args, **kwargs: None
 
 
 # All that a file may name, and so all that it may call. Anything else becomes an _Inert.
 _KNOWN = {
     "collections.OrderedDict": lambda *_: {},
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
+    # as_strided checks that the record holds as much.
+    "torch._utils._rebuild_tensor": lambda record, start, *layout: record.as_strided(*layout, start),
+    "torch._utils._rebuild_tensor_v2": lambda record, start, *layout: record.as_strided(*layout[:2], start),
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": lambda tensor, *_: tensor,
     "torch.storage.UntypedStorage": torch.uint8,
 }
-_KNOWN |= {f"torch.{name}": dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
-_KNOWN |= {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+for _dtype, _name in torch.storage._dtype_to_storage_type_map().items():
+    _KNOWN[f"torch.{_name}"] = torch.uint8 if _name.startswith("Q") else _dtype  # none of ours is quantized
 
 
 class _Unpickler(pickle._Unpickler):
@@ -82,10 +69,9 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, identity):
         _, dtype, key, *_ = identity
         if key not in self.records:
-            content = bytearray(self.archive.read(f"{self.folder}/data/{key}"))  # checks its checksum
-            self.records[key] = (
-                torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-            )
+            content = self.archive.read(f"{self.folder}/data/{key}")
+            # (frombuffer takes no empty ones.)
+            self.records[key] = torch.frombuffer(bytearray(content or 16), dtype=dtype)[: len(content)]
         return self.records[key]
 
 
@@ -110,7 +96,12 @@ def read_weights(path):
         with reading(path, "a weights file that torch can read"), open(path, "rb") as file:
             if file.read(4) != b"PK\x03\x04":
                 file.seek(0)
-                return _read_old_format(file)
+                try:
+                    return torch.load(file, map_location="cpu", weights_only=True)
+                except pickle.UnpicklingError:  # torch says how to read the file without protection
+                    raise UserError(
+                        f"{path} is no weights file, or holds foreign objects in torch's old format"
+                    ) from None
             unpickler = _Unpickler(_archive(file))
             content = unpickler.load()
     except UserError as error:
@@ -121,13 +112,6 @@ def read_weights(path):
         names = ", ".join(sorted(unpickler.foreign))[:300]
         warnings.warn(f"{path} holds objects besides weights, which were left unread: {names}", stacklevel=2)
     return content
-
-
-def _read_old_format(file):
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its message recommends to read without that protection
-        raise ValueError("no format of torch, or its old one with objects besides weights") from None
 
 
 def is_intact(path):
@@ -142,9 +126,6 @@ def is_intact(path):
         return False
 
 
-_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-
-
 def entries_of(content, source):
     """The flat name -> tensor dict of a released container or a bare state dict, without the prefixes that DDP
     and torch.compile put before names."""
@@ -153,12 +134,10 @@ def entries_of(content, source):
         raise UserError(f"{source} holds no state dict")
     wrapper = re.compile(r"\b((module|_orig_mod)\.)+")
     plain = {wrapper.sub("", name): value for name, value in entries.items()}
-    if len(plain) < len(entries):
-        raise UserError(f"{source} holds entries twice, with and without module. or _orig_mod. before them")
-    if prefix := wrapper.search(" ".join(entries)):
-        warnings.warn(
-            f"{source} is of a wrapped model: {prefix[0]} is left out of entries' names", stacklevel=3
-        )
+    if prefix := wrapper.search("\n".join(entries)):
+        if len(plain) < len(entries):
+            raise UserError(f"{source} holds entries twice, with and without {prefix[0]} before them")
+        warnings.warn(f"{source}: entries are read without {prefix[0]} before their names", stacklevel=2)
     return plain
 
 
@@ -171,32 +150,31 @@ def match(found, expected, source, what):
     found = found if isinstance(found, dict) else {}
     faults = [f"entry {name} is missing" for name in expected if name not in found]
     faults += [f"entry {name} is unexpected" for name in found if name not in expected]
-    for name, value in found.items():
-        if name not in expected:
-            continue
-        due = expected[name]
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
-            faults.append(f"entry {name} is not a tensor that holds numbers")
-        elif value.shape != due.shape:
-            faults.append(f"entry {name} has shape {tuple(value.shape)}, expected {tuple(due.shape)}")
-        elif value.dtype != due.dtype and not {value.dtype, due.dtype} <= _FLOATS:
-            faults.append(f"entry {name} holds {value.dtype}, expected {due.dtype}")
-    # A file may hold one number for a whole tensor.
-    size = 4 * sum(due.numel() for due in expected.values())
-    if not faults and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        faults = [f"its {size / 2**30:.0f} GiB of weights are more than this machine's memory"]
-    if not faults:
-        faults = [
-            f"entry {name} holds values that are not finite" for name in found if not _finite(found[name])
-        ]
+    size = 4 * sum(value.numel() for value in expected.values())
+    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+        "SC_PHYS_PAGES"
+    ):  # in a file, one number may be so many
+        faults = [f"{size / 2**30:.0f} GiB of weights do not fit into this machine's memory"]
+    else:
+        wrong = {name: _fault(found[name], expected[name]) for name in found if name in expected}
+        faults += [f"entry {name} {fault}" for name, fault in wrong.items() if fault]
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"{source} does not hold {what}: {'; '.join(faults[:3])}{more}")
 
 
-def _finite(value):
-    """Whether all values are finite, in float32 too. No memory is taken for it."""
-    return not value.is_floating_point() or bool(torch.stack(value.aminmax()).float().isfinite().all())
+def _fault(value, due):
+    """What is wrong with an entry, or None."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        return "is not a tensor that holds numbers"
+    if value.shape != due.shape:
+        return f"has shape {tuple(value.shape)}, expected {tuple(due.shape)}"
+    floats = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    if value.dtype != due.dtype and not {value.dtype, due.dtype} <= floats:
+        return f"holds {value.dtype}, expected {due.dtype}"
+    if value.dtype in floats and not torch.stack(value.aminmax()).float().isfinite().all():
+        return "holds values that are not finite"
+    return None
 
 
 def hash_of(state):
@@ -219,13 +197,14 @@ def _hub():
 def download(url):
     """The local file of `url` in torch's hub cache, fetched with a progress bar the first time. Where that fails
     for one process it fails for all."""
-    path, failures = _hub() / url.rsplit("/", 1)[1], [None]
+    path, failure = _hub() / url.rsplit("/", 1)[1], None
     if not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
-        failures = [_fetch(url, path)]
+        failure = _fetch(url, path)
     if dist.is_initialized():
-        own, failures = failures[0], [None] * dist.get_world_size()
-        dist.all_gather_object(failures, own)
-    for failure in filter(None, failures):
+        failures = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+        failure = next(filter(None, failures), None)
+    if failure:
         raise UserError(failure)
     return path
 

@@ -42,7 +42,7 @@ class TokenizerConfig:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         numbers = (self.channels, *self.channel_multipliers, self.blocks_per_level, self.bits)
         if not all(type(number) is int and number <= 10**6 for number in numbers):
-            raise UserError(f"a tokenizer's size is of whole numbers up to a million, not {numbers}")
+            raise UserError("channels, multipliers, blocks and bits must be whole numbers up to a million")
         if self.channels < 32 or self.channels % 32:
             raise UserError(
                 f"channels must be a multiple of 32 (GroupNorm has 32 groups), not {self.channels}"
@@ -364,7 +364,7 @@ def tokenizer_from_entries(entries, source, config=None):
     """
     config = config or _config_of(entries, source)
     if len(config.widths) * config.blocks_per_level > len(entries):  # before so many are built
-        raise UserError(f"{source} holds {len(entries)} entries, too few for {config}")
+        raise UserError(f"{source} holds {len(entries)} entries, too few for the blocks of its size")
     with torch.device("meta"):
         tokenizer = Tokenizer(config)
     name = next((f"{name} tokenizer" for name, size in TOKENIZER_SIZES.items() if size == config), None)
@@ -380,7 +380,7 @@ def _config_of(entries, source):
 
     def shape(name):
         if not isinstance(entries.get(name), torch.Tensor):
-            raise UserError(f"{source} holds no tokenizer: entry {name} is missing")
+            raise UserError(f"{source} holds no tokenizer: entry {name} is missing, or no tensor")
         if entries[name].ndim != 4 or entries[name].numel() == 0:
             raise UserError(
                 f"{source} holds no tokenizer: entry {name} has shape {tuple(entries[name].shape)}"
@@ -392,9 +392,9 @@ def _config_of(entries, source):
 
     channels = shape("encoder.conv_in.weight")[0]
     widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(count("encoder.down."))]
-    return TokenizerConfig(
-        channels=channels,
-        channel_multipliers=tuple(width // channels for width in widths),
-        blocks_per_level=count("encoder.down.0.block."),
-        bits=shape("encoder.conv_out.weight")[0],
-    )
+    multipliers = tuple(width // channels for width in widths)
+    bits = shape("encoder.conv_out.weight")[0]
+    try:
+        return TokenizerConfig(channels, multipliers, count("encoder.down.0.block."), bits)
+    except UserError as error:
+        raise UserError(f"{source} holds no tokenizer: {error}") from None
