@@ -53,10 +53,8 @@ class ARConfig:
         object.__setattr__(self, "factorized_bits", tuple(self.factorized_bits))  # JSON makes it a list
         for name in ("width", "heads", "spatial_layers", "intra_layers", "grid", "num_classes"):
             value, limit = getattr(self, name), 1024 if name == "grid" else 10**6
-            if type(value) is not int or value < 1:
-                raise UserError(f"{name} must be at least 1, and whole, not {value!r}")
-            if value > limit:
-                raise UserError(f"{name} must be at most {limit}, not {value}")
+            if type(value) is not int or not 1 <= value <= limit:
+                raise UserError(f"{name} must be a whole number of 1 to {limit}, not {value!r}")
         if self.width % self.heads or self.head_width % 4:
             raise UserError(
                 f"width {self.width} over {self.heads} heads: a head's width must be a whole multiple of 4 "
@@ -65,7 +63,7 @@ class ARConfig:
         bits = self.factorized_bits
         if len(bits) != 2 or not all(type(b) is int and b >= 1 for b in bits) or sum(bits) > 30:
             raise UserError(
-                f"factorized_bits must be two positive numbers (pre, post), together at most 30, not {bits}"
+                f"factorized_bits must be two whole numbers (pre, post), 30 at most in all, not {bits}"
             )
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout}")
@@ -567,10 +565,7 @@ def load_ar(path_or_name, config=None):
                 class_names, carried = content["class_names"], content["tokenizer"] or {}
                 tokenizer_entries = carried and carried["state"]
                 tokenizer_config = carried and TokenizerConfig(**carried["config"])
-                if (
-                    class_names is not None
-                    and [type(name) for name in class_names] != [str] * config.num_classes
-                ):
+                if class_names and [type(name) for name in class_names] != [str] * config.num_classes:
                     raise UserError(f"class_names are not those of {config.num_classes} classes")
             except (KeyError, TypeError, UserError) as error:
                 raise UserError(f"{path} is no whole transformer file of this project: {error}") from None

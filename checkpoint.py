@@ -35,10 +35,9 @@ class _Inert:
     __init__ = __setitem__ = append = extend = add = lambda self, *args, **kwargs: None
 
 
-# All that a file may name, and so all that it may call. Anything else becomes an _Inert.
+# All that a file may name, and so call. Anything else becomes an _Inert. (as_strided checks sizes.)
 _KNOWN = {
     "collections.OrderedDict": lambda *_: {},
-    # as_strided checks that the record holds as much.
     "torch._utils._rebuild_tensor": lambda record, start, *layout: record.as_strided(*layout, start),
     "torch._utils._rebuild_tensor_v2": lambda record, start, *layout: record.as_strided(*layout[:2], start),
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
@@ -69,8 +68,7 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, identity):
         _, dtype, key, *_ = identity
         if key not in self.records:
-            content = self.archive.read(f"{self.folder}/data/{key}")
-            # (frombuffer takes no empty ones.)
+            content = self.archive.read(f"{self.folder}/data/{key}")  # frombuffer takes no empty one
             self.records[key] = torch.frombuffer(bytearray(content or 16), dtype=dtype)[: len(content)]
         return self.records[key]
 
@@ -96,16 +94,13 @@ def read_weights(path):
         with reading(path, "a weights file that torch can read"), open(path, "rb") as file:
             if file.read(4) != b"PK\x03\x04":
                 file.seek(0)
-                try:
+                with contextlib.suppress(pickle.UnpicklingError):  # its text advises to read it unprotected
                     return torch.load(file, map_location="cpu", weights_only=True)
-                except pickle.UnpicklingError:  # torch says how to read the file without protection
-                    raise UserError(
-                        f"{path} is no weights file, or holds foreign objects in torch's old format"
-                    ) from None
+                raise UserError(f"{path} is no weights file, or an old one with foreign objects")
             unpickler = _Unpickler(_archive(file))
             content = unpickler.load()
     except UserError as error:
-        if isinstance(error, Unreadable) or path.parent != _hub():
+        if isinstance(error, Unreadable) or not str(path).startswith(torch.hub.get_dir()):
             raise
         raise UserError(f"{error}; remove it, and it is downloaded again") from None
     if unpickler.foreign:
@@ -127,8 +122,7 @@ def is_intact(path):
 
 
 def entries_of(content, source):
-    """The flat name -> tensor dict of a released container or a bare state dict, without the prefixes that DDP
-    and torch.compile put before names."""
+    """The flat name -> tensor dict of a container or a bare state dict, less DDP's and torch.compile's prefixes."""
     entries = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries):
         raise UserError(f"{source} holds no state dict")
@@ -190,14 +184,10 @@ def hash_of(state):
 # Finding
 
 
-def _hub():
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
 def download(url):
     """The local file of `url` in torch's hub cache, fetched with a progress bar the first time. Where that fails
     for one process it fails for all."""
-    path, failure = _hub() / url.rsplit("/", 1)[1], None
+    path, failure = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], None
     if not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
         failure = _fetch(url, path)
     if dist.is_initialized():
@@ -217,7 +207,7 @@ def _fetch(url, path):
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(scratch), progress=True)
-        with urllib.request.urlopen(url) as answer:  # torch does not compare
+        with urllib.request.urlopen(url, timeout=60) as answer:  # torch does not compare
             size, whole = scratch.stat().st_size, int(answer.headers.get("Content-Length", -1))
         if whole not in (size, -1):
             raise ValueError(f"{size} of {whole} bytes came")
@@ -257,10 +247,7 @@ def locate(name_or_path, released):
 
 def checkpoints(folder):
     """The checkpoints of a run, oldest first. A step_best.pt that someone put beside them is none of ours."""
-    try:
-        names = os.listdir(folder)  # Path.glob finds nothing in a folder that it may not read
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    names = os.listdir(folder) if Path(folder).is_dir() else []  # (glob finds none where it may not read)
     found = [Path(folder, name) for name in names if re.fullmatch(r"step_[0-9]+\.pt", name)]
     return sorted(found, key=_step_of)
 
@@ -329,9 +316,7 @@ def load_latest(rt, folder, kind):
             found = state.get("kind") if isinstance(state, dict) else None
             if found == kind:
                 if type(state.get("step")) is not int or not isinstance(state.get("settings"), dict):
-                    raise UserError(
-                        f"{path} holds no training state; move it elsewhere, or give another --out"
-                    )
+                    raise UserError(f"{path} holds no training state; give another --out")
                 chosen = path
                 break
             if found in ("tokenizer", "ar"):
@@ -342,7 +327,7 @@ def load_latest(rt, folder, kind):
     if chosen is None:
         return None, None
     if not rt.main:
-        if not chosen.exists():
+        if not chosen.is_file():
             raise UserError(
                 f"{chosen} is not visible on this host; put --out on a file system that all hosts share"
             )

@@ -167,9 +167,8 @@ def load_lpips(network="vgg", path=None):
         entries = constants | entries
     else:
         backbone, heads = download(BACKBONES[network]), download(HEADS[network])
-        layers = entries_of(
-            read_weights(backbone), backbone
-        )  # features.N.weight, and a classifier that LPIPS has no use for
+        # features.N.weight, and a classifier that LPIPS has no use for
+        layers = entries_of(read_weights(backbone), backbone)
         entries = constants | entries_of(read_weights(heads), heads)
         for name in wanted:
             if name.startswith("net."):  # net.slice2.5.weight is features.5.weight

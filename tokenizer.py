@@ -337,10 +337,7 @@ def _released(entries, source, ema):
         raise UserError(f"{source} is no tokenizer file: entry {other[0]} is unexpected")
     tokenizer = tokenizer_from_entries(weights, source)
     if ema and not averages:
-        warnings.warn(
-            f"{source} holds no moving average (model_ema.*): its weights are used as they stand",
-            stacklevel=3,
-        )
+        warnings.warn(f"{source} holds no moving average (model_ema.*): its weights are used as they stand")
     if ema and averages:
         # Released files: an average is named like its parameter with every dot removed.
         discriminator = {
