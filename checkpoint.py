@@ -49,7 +49,7 @@ for _dtype, _name in torch.storage._dtype_to_storage_type_map().items():
 
 
 class _Unpickler(pickle._Unpickler):
-    """Reads the pickle in a zip archive of torch.save; the tensors' bytes are records beside it."""
+    """The second reading: of the pickle in a zip archive of torch.save; tensors' bytes are records beside it."""
 
     # What a file must not do: set the state of what it names, and have memory taken for bytes it lacks.
     dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: lambda self: self.stack.pop()}
@@ -85,19 +85,21 @@ def _archive(file):
 def read_weights(path):
     """The content of a weights file, on the CPU, as plain tensors and containers.
 
-    Nothing in the file is ever imported or called: objects of foreign types (the released files were written
-    by PyTorch Lightning) become inert placeholders, with a warning that names them; in torch's format of before
-    1.6 they are refused. Raises UserError as `runtime.reading` does.
+    Reads with `weights_only=True`. A file that holds foreign objects (the released ones were written by PyTorch
+    Lightning) is read once more, with each of them turned into an inert placeholder and a warning that names
+    their types; in torch's format of before 1.6 it is refused. Nothing in a file is ever imported or called.
+    Raises UserError as `runtime.reading` does.
     """
     path = Path(path)
     try:
         with reading(path, "a weights file that torch can read"), open(path, "rb") as file:
-            if file.read(4) != b"PK\x03\x04":
-                file.seek(0)
-                with contextlib.suppress(pickle.UnpicklingError):  # its text advises to read it unprotected
-                    return torch.load(file, map_location="cpu", weights_only=True)
+            archive = _archive(file) if file.read(4) == b"PK\x03\x04" else None
+            file.seek(0)
+            with contextlib.suppress(pickle.UnpicklingError):  # foreign types, or no pickle
+                return torch.load(file, map_location="cpu", weights_only=True)
+            if archive is None:
                 raise UserError(f"{path} is no weights file, or an old one with foreign objects")
-            unpickler = _Unpickler(_archive(file))
+            unpickler = _Unpickler(archive)
             content = unpickler.load()
     except UserError as error:
         if isinstance(error, Unreadable) or not str(path).startswith(torch.hub.get_dir()):

@@ -44,6 +44,7 @@ def test_a_file_sets_no_state_and_writes_nothing(tmp_path, monkeypatch):
         pickle.dump([], file, 2)
     with zipfile.ZipFile("zip.pt", "w") as file:
         file.writestr("a/data.pkl", b"\x80\x02" + SETS_STATE + b".")
+        file.writestr("a/version", "3\n")
     with open("old.pt", "ab") as file:  # a zip archive to Python, not to torch
         file.write((tmp_path / "zip.pt").read_bytes())
     with pytest.raises(UserError, match="old.pt"):
