@@ -275,6 +275,9 @@ def resize_and_crop(picture, size, rng=None):
     return resized.crop((left, top, left + size, top + size))
 
 
+_named = set()  # unreadable pictures that this process has named: an evaluation may meet them again
+
+
 class BadPictures:
     """Counts a run's unreadable pictures: `add` each batch's, `check` now and then, `report` at the end."""
 
@@ -288,8 +291,10 @@ class BadPictures:
             if index not in self.seen:
                 name = self.seen[index] = printable(self.dataset.name(index)).replace("\n", "\\n")
                 self.first_reason = self.first_reason or f"; the first: {reason}"
-                words = f"warning: unreadable picture skipped: {name} ({reason})"
-                tqdm.write(printable(words), file=sys.stderr)
+                words = printable(f"warning: unreadable picture skipped: {name} ({reason})")
+                if (str(self.dataset.source), name) not in _named:
+                    tqdm.write(words, file=sys.stderr)
+                _named.add((str(self.dataset.source), name))
 
     def check(self, total=None, epochs=1):
         """Raise UserError where more than 1 % of the pictures are unreadable.

@@ -101,6 +101,10 @@ class HCCL(dist.ProcessGroup):
     def allreduce(self, tensors, options):
         return self.gloo.allreduce([to_host(tensor) for tensor in tensors], options)
 
+    def allgather(self, outputs, inputs, options):
+        outputs = [[to_host(tensor) for tensor in each] for each in outputs]
+        return self.gloo.allgather(outputs, [to_host(tensor) for tensor in inputs], options)
+
     def broadcast(self, tensors, options):
         return self.gloo.broadcast([to_host(tensor) for tensor in tensors], options)
 
