@@ -289,7 +289,8 @@ class BadPictures:
         for index, reason in bad.items():
             self.count += 1
             if index not in self.seen:
-                name = self.seen[index] = printable(self.dataset.name(index)).replace("\n", "\\n")
+                name = os.fsencode(self.dataset.name(index)).decode(errors="backslashreplace")
+                name = self.seen[index] = printable(name.replace("\n", "\\n"))
                 self.first_reason = self.first_reason or f"; the first: {reason}"
                 words = printable(f"warning: unreadable picture skipped: {name} ({reason})")
                 if (str(self.dataset.source), name) not in _named:

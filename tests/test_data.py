@@ -1,5 +1,6 @@
 import io
 import json
+import multiprocessing
 import os
 import struct
 import zlib
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from golden_files import load
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import data
-from runtime import UserError
+from runtime import Unreadable, UserError
 
 
 def save(path, colour=(200, 30, 60), size=(20, 20), **options):
@@ -147,8 +148,118 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
         assert "must be positive" in complaint(tmp_path / "half", **wrong)
 
 
+def test_each_folder_is_listed_once_whatever_links_lead_to_it(tmp_path):
+    for name in ["d/a/0.png", "d/b/0.png", "d/b/.hidden/0.png", "else/1.png", "else/deep/2.png"]:
+        save(tmp_path / name)
+    for link, target in [
+        ("a/loop", "."),
+        ("a/up", ".."),
+        ("a/b", "../b"),  # listed as b
+        ("a/out", "../../else"),
+        ("b/out", "../../else"),  # listed as a's
+        ("b/shown", ".hidden"),
+        ("c", "../else/deep"),  # a class: before the links inside the others
+    ]:
+        (tmp_path / "d" / link).symlink_to(target)
+    dataset = data.open_pictures(tmp_path / "d", 16, train=False)
+    names = ["a/0.png", "a/out/1.png", "b/0.png", "b/shown/0.png", "c/2.png"]
+    assert [dataset.name(i) for i in range(len(dataset))] == names and list(dataset.labels) == [0, 0, 1, 1, 2]
+    assert len(data.open_pictures(tmp_path / "d", 16, train=False, labelled=False)) == 5
+    (tmp_path / "d" / "z").symlink_to("a")
+    with pytest.raises(UserError, match="z holds no pictures.*linked to twice counts once"):
+        data.open_pictures(tmp_path / "d", 16, train=False)
+
+
+def test_identity_is_of_what_a_folder_holds_not_of_where_it_lies(tmp_path, monkeypatch):
+    def of(source):
+        return data.identity(data.open_pictures(source, 16, train=False))
+
+    save(tmp_path / "d" / "a" / "0.png")
+    save(tmp_path / "d" / "b" / "1.png")
+    (tmp_path / "link").symlink_to("d")
+    monkeypatch.chdir(tmp_path)
+    same = {of(tmp_path / "d"), of("d/"), of("./d"), of("link")}
+    assert len(same) == 1
+    os.rename(tmp_path / "d" / "b", tmp_path / "d" / "c")
+    same.add(of("d"))
+    os.rename(tmp_path / "d" / "a" / "0.png", tmp_path / "d" / "c" / "0.png")
+    save(tmp_path / "d" / "a" / "1.png")
+    same.add(of("d"))
+    glyphs = {of("glyphs:9:AB"), of("glyphs:8:AB"), of("glyphs:9:AC"), of("glyphs:9:BA")}
+    assert len(same | glyphs) == 7 and of("glyphs:9:AB") in glyphs
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Odd and unreadable pictures
+
+
+def test_only_plain_files_of_the_named_formats_are_opened(tmp_path):
+    def reason(path):
+        with pytest.raises((ValueError, OSError)) as error:
+            data.load_rgb(path)
+        return str(error.value)
+
+    path = tmp_path / "x.png"
+    for foreign in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 30\n%%EndComments\n", b"", b"text"):
+        path.write_bytes(foreign)
+        assert (
+            "not a picture that Pillow reads as AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"
+            in reason(path)
+        )
+    Image.new("RGB", (20, 20)).save(path, format="ICO")
+    assert "not a picture" in reason(path)
+    path.unlink()
+    os.mkfifo(path)  # opening it would wait for a writer
+    assert "no plain file" in reason(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert "no plain file" in reason(path)
+    path.unlink()
+    path.mkdir()
+    assert "directory" in reason(path)
+    save(tmp_path / "y.png", pnginfo=text_of(3_000_000))
+    assert data.load_rgb(tmp_path / "y.png").getpixel((0, 0)) == (200, 30, 60)
+
+
+def text_of(length):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("history", "x" * length, zip=True)
+    return info
+
+
+@pytest.mark.parametrize("kind", ["float32", "int32", "uint32", "int16"])
+def test_grey_whose_range_is_not_known_is_refused(tmp_path, kind):
+    Image.fromarray(np.full((20, 20), 200, np.float32 if kind == "float32" else np.int32)).save(
+        tmp_path / "x.tif"
+    )
+    tags = {"uint32": (32, 1), "int16": (16, 2)}
+    if kind in tags:  # Pillow does not write these
+        bits, form = tags[kind]
+        write_tiff(tmp_path / "x.tif", np.full((20, 20), 200, kind).tobytes(), bits, {339: form})
+    with pytest.raises(ValueError, match="grey levels are floats"):
+        data.load_rgb(tmp_path / "x.tif")
+
+
+def test_grey_tiffs_are_read_as_what_they_show(tmp_path):
+    white_is_zero = np.full((20, 20), 65535 - 100 * 257, np.uint16).tobytes()
+    twelve_bits = bytes([0x64, 0x06, 0x46]) * 200  # twice 0x646, 1606 of 4095
+    for content, bits, tags in [(white_is_zero, 16, {262: 0}), (twelve_bits, 12, {})]:
+        write_tiff(tmp_path / "x.tif", content, bits, tags)
+        assert data.load_rgb(tmp_path / "x.tif").getcolors() == [(400, (100, 100, 100))]
+
+
+def write_tiff(path, pixels, bits, tags):
+    """A grey TIFF, 20x20, uncompressed."""
+    tags = {256: 20, 257: 20, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 20, 279: len(pixels)} | tags
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    path.write_bytes(header + pixels + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+def test_the_reason_is_said_of_a_folder_of_which_nothing_can_be_read(tmp_path):
+    Image.new("1", (14_000, 14_000)).save(save(tmp_path / "a" / "x.png"))
+    with pytest.raises(UserError, match="a/x.png: Image size .196000000 pixels. exceeds limit"):
+        data.open_pictures(tmp_path, 16, train=True)
 
 
 def test_odd_pictures_are_read_as_what_they_show(tmp_path, recwarn):
@@ -319,6 +430,47 @@ def test_batches_do_not_depend_on_workers_nor_move_the_global_generator(tmp_path
         assert images.dtype == torch.uint8 and images.shape == (4, 3, 16, 16) and labels.dtype == torch.int64
         assert torch.equal(images, other[0]) and torch.equal(labels, other[1]) and bad == other[2]
     assert {dataset.name(index) for _, _, bad in alone for index in bad} == {"class2/11.png"}
+
+
+def _no_shared_memory():
+    """As where /dev/shm is full: whoever wants to send a tensor cannot."""
+
+    def full(*_):
+        raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+    multiprocessing.reduction.ForkingPickler.register(torch.Tensor, full)
+
+
+def _read_without_shared_memory(queue):
+    _no_shared_memory()
+    batches = data.evaluation_batches(data.open_pictures("glyphs:9", 16, train=True), 4, workers=2)
+    queue.put([indices.tolist() for _, _, indices, _ in batches])
+
+
+def _send_what_cannot_be_sent(queue):
+    _no_shared_memory()
+    batches = data._loader(Spy(9), [[(0, 1)], [(0, 2)]], lambda samples: (samples[0][0], {}), 1)
+    try:
+        next(batches)
+    except RuntimeError as error:
+        queue.put(str(error))
+
+
+@pytest.mark.parametrize(
+    "work, result",
+    [
+        (_read_without_shared_memory, "[[0, 1, 2, 3], [4, 5, 6, 7], [8]]"),
+        (_send_what_cannot_be_sent, "DataLoader worker"),
+    ],
+)
+def test_loaders_need_no_shared_memory_and_end_where_they_cannot_send(work, result):
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+    child = multiprocessing.get_context("fork").Process(target=work, args=(queue,))
+    child.start()
+    child.join(60)
+    hanging = child.is_alive()
+    child.kill()
+    assert not hanging and str(queue.get()).startswith(result)
 
 
 @pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (3, 0), (2, 2)])
@@ -563,10 +715,55 @@ def test_damaged_and_foreign_caches_are_refused(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
     with pytest.raises(UserError, match="newer version"):
         data.open_codes(tmp_path)
-    for wrong in ({"crops": None}, {"version": "one"}, {"grid": [4]}):
+    wrongs = [
+        {"crops": None},
+        {"version": "one"},
+        {"grid": [4]},
+        {"grid": [2, 3, 1]},
+        {"grid": 6},
+        {"count": -9},
+    ]
+    wrongs += [{"count": 10**30}, {"count": 9.0}, {"classes": "xy"}, {"classes": [1, 2]}, {"classes": []}]
+    for wrong in [*wrongs, {"bits": 99}, {"bits": "18"}]:
         (tmp_path / "manifest.json").write_text(json.dumps(manifest | wrong))
         with pytest.raises(UserError, match="manifest.json is no whole manifest"):
             data.open_codes(tmp_path)
+
+
+def test_a_manifest_that_cannot_be_read_is_not_an_absent_one(tmp_path, monkeypatch):
+    complete_cache(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(data.Path, "read_bytes", refuse)
+    for open_it in (data.open_codes, lambda folder: data.CodeWriter(folder, SETTINGS)):
+        with pytest.raises(Unreadable, match="cannot read .*manifest.json: Permission denied"):
+            open_it(tmp_path)
+
+
+def test_labels_of_classes_that_are_not_there(tmp_path):
+    complete_cache(tmp_path)
+    for wrong in (LABELS * 0 + 2, LABELS * 0 - 3, LABELS * 0 - 1):
+        wrong.astype(np.int32).tofile(tmp_path / "labels.bin")
+        with pytest.raises(UserError, match="labels.bin names no picture, or classes"):
+            data.open_codes(tmp_path)
+
+
+def test_a_cache_is_not_written_through_links(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "cache"
+    folder.mkdir()
+    victim.write_bytes(b"mine")
+    for name in ("codes.bin", "labels.bin"):
+        (folder / name).symlink_to(victim)
+    complete_cache(folder)
+    assert victim.read_bytes() == b"mine" and not (folder / "codes.bin").is_symlink()
+    os.rename(folder / "codes.bin", victim)
+    (folder / "codes.bin").symlink_to(victim)
+    before = victim.read_bytes()
+    with pytest.raises(OSError, match="symbolic links"):
+        data.CodeWriter(folder, SETTINGS).write([0], CODES[[1]], LABELS[[1]])
+    assert victim.read_bytes() == before
 
 
 def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path):

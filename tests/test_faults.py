@@ -391,7 +391,8 @@ def test_odd_and_unreadable_pictures(tmp_path):
     flags += ["--epochs", 1, "--global-batch", 32, "--micro-batch", 32, "--save-every", 99]
     done = run("train_tokenizer.py", *flags, "--out", tmp_path / "run")
     assert "unreadable pictures: 4 (" in done.stdout and "checkpoint" in done.stdout
-    assert sorted(re.findall(r"unreadable picture skipped: (\S+)", done.stderr)) == bad
+    named = re.findall(r"unreadable picture skipped: (\S+)", done.stderr)  # once more by the evaluation
+    assert sorted(set(named)) == bad
     flags = ["--tokenizer", tmp_path / "run", "--data", tmp_path / "pictures", "--size", 16, "--workers", 0]
     done = run("encode.py", *flags, "--out", tmp_path / "codes")
     assert "unreadable pictures: 4" in done.stdout
@@ -400,6 +401,40 @@ def test_odd_and_unreadable_pictures(tmp_path):
     (tmp_path / "pictures" / "b" / "fifth.png").write_bytes(b"")  # 5 of 403 are more than 1 %
     line = refused("encode.py", *flags, "--out", tmp_path / "more")
     assert "more than 1% of the 403 pictures" in line
+
+
+def test_unreadable_validation_pictures_stop_and_samples_do_not_go_through_links(run_folder, tmp_path):
+    for i in range(12):
+        path = tmp_path / "val" / "a" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(path) if i < 8 else path.write_bytes(b"")
+    flags = [
+        *TOKENIZER,
+        "--val-data",
+        tmp_path / "val",
+        "--eval-pictures",
+        12,
+        "--steps",
+        5,
+        "--allow-changes",
+    ]
+    out = shutil.copytree(run_folder, tmp_path / "out")
+    victim, picture = tmp_path / "victim", out / "samples" / "step_00000005.png"
+    victim.write_bytes(b"mine")
+    picture.symlink_to(victim)
+    errors = run("train_tokenizer.py", *flags, "--out", out, code=2).stderr
+    for i in range(8, 12):
+        assert f"warning: unreadable picture skipped: a/{i:02}.png (it is not a picture that Pillow" in errors
+    assert "more than 1% of the 12 pictures" in errors.splitlines()[-1] and "the first: it is" in errors
+    assert victim.read_bytes() == b"mine" and not picture.is_symlink()
+
+
+def test_names_of_unreadable_pictures_are_printable(tmp_path, capsys):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    os.mkfifo(os.fsencode(tmp_path) + b"/b\xff\x1b[31m\nb.png")
+    pictures = data.open_pictures(tmp_path, 9, train=True, labelled=False)
+    data.BadPictures(pictures).add({1: pictures[0, 1][3]})
+    assert capsys.readouterr().err.endswith("b\\xff\\x1b[31m\\nb.png (it is no plain file)\n")
 
 
 def test_all_ranks_unreadable_pictures_are_reported(tmp_path):

@@ -1,5 +1,7 @@
 import json
 import math
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -455,6 +457,91 @@ def test_statistics_of_other_conventions_and_weights_are_refused(tmp_path):
         opened = fid.PictureSet(ALONE, tmp_path / "pytorch_fid.npz")
         opened.check(convention, "abc")
         assert f"does not say the convention of its statistics; {convention} was" in opened.warnings[0]
+
+
+def statistics(count=6, **changes):
+    """The arrays of a saved set."""
+    rng = np.random.default_rng(0)
+    pool = rng.random((count, 2048), np.float32)
+    moments = {"mu": pool.mean(0), "sigma": np.eye(2048, dtype=np.float32)}
+    moments |= {"mu_s": np.zeros(2023), "sigma_s": np.eye(2023, dtype=np.float32)}
+    return (
+        moments | {"pool": pool, "size": np.array((8, 8)), "convention": "tf1", "inception": "abc"} | changes
+    )
+
+
+def test_an_npz_unpacks_only_what_is_asked_for(tmp_path):
+    """An entry of a gigabyte, or one that is not as long as its header says, in a file of a megabyte."""
+    bomb = tmp_path / "bomb.npz"
+    for name, shape, words in [
+        ("junk", (2**30,), None),
+        ("sigma", (2**30,), "sigma of shape"),
+        ("arr_0", (2**40, 8, 8, 3), "not as long as its header says"),
+        ("pool", (2**40, 2048), "not as long as its header says"),
+    ]:
+        np.savez(bomb, **{key: value for key, value in statistics().items() if key != name})
+        with (
+            zipfile.ZipFile(bomb, "a", zipfile.ZIP_DEFLATED) as archive,
+            archive.open(f"{name}.npy", "w") as file,
+        ):
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+            )
+            for _ in range(32):
+                file.write(bytes(2**20))
+        tracemalloc.start()
+        if words:
+            with pytest.raises(UserError, match=words):
+                fid.PictureSet(ALONE, bomb)
+        else:
+            assert fid.PictureSet(ALONE, bomb).count == 6
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+        tracemalloc.stop()
+
+
+def test_statistics_that_are_not_finite_or_of_other_types_are_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    for name in ("mu", "sigma", "mu_s", "sigma_s", "pool"):
+        wrong = statistics()[name].copy()
+        wrong.flat[-1] = np.nan if name != "mu" else np.inf
+        np.savez(path, **statistics(**{name: wrong}))
+        with pytest.raises(UserError, match=f"{name} holds values that are not finite"):
+            fid.PictureSet(ALONE, path)
+    for changes in (
+        {"mu": np.full(2048, "x")},
+        {"size": np.array(8)},
+        {"convention": np.array([{}], object)},
+    ):
+        np.savez(path, **statistics(**changes))
+        with pytest.raises(UserError, match="x.npz"):
+            fid.PictureSet(ALONE, path)
+    np.savez(path, **statistics(names=np.array(["a"], object), mu=np.zeros(2048, ">f4")))  # the rest is fine
+    assert fid.PictureSet(ALONE, path).count == 6
+
+
+def test_numbers_are_never_nan(tmp_path, monkeypatch):
+    np.savez(tmp_path / "good.npz", **statistics())
+    np.savez(tmp_path / "huge.npz", **statistics(mu=np.full(2048, 1e200)))
+    good, huge = (fid.PictureSet(ALONE, tmp_path / f"{name}.npz") for name in ("good", "huge"))
+    with pytest.raises(UserError, match="not finite, or huge"):
+        fid.compare(good, huge, torch.zeros(1008, 2048))
+    monkeypatch.setattr(fid, "frechet_distance", lambda *_: 0.0)
+    with pytest.raises(UserError, match="IS is nan"):
+        fid.compare(good, good, torch.full((1008, 2048), math.nan))
+    with pytest.raises(UserError, match="features are not finite"):
+        fid.Moments(2).add(torch.tensor([[1.0, math.inf]]))
+    with pytest.raises(UserError, match="not finite"):
+        fid.gather_rows(ALONE, [torch.full((1, 2), math.nan)], 2)
+
+
+def test_a_short_last_split_is_warned_about(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "precision_recall", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(fid, "frechet_distance", lambda *_: 0.0)
+    for count, warned in ((5000, False), (5001, True)):
+        np.savez(tmp_path / "x.npz", **statistics(count))
+        opened = fid.PictureSet(ALONE, tmp_path / "x.npz")
+        _, warnings = fid.compare(opened, opened, torch.zeros(2, 2048))
+        assert any("last split of IS has 1 pictures" in words for words in warnings) == warned
 
 
 def test_only_the_published_weights_pass_for_such():
