@@ -71,16 +71,19 @@ def parse(argv=None):
     return arguments.parse_args(argv)
 
 
-def if_there(load, *arguments):
-    """(what `load(*arguments)` returns, None), or (None, the reason) where its weights cannot be had. The
-    last argument is the file that the user gave, if any: that one must be right, and its UserError goes
-    through."""
+def if_there(rt, load, *arguments):
+    """(what `load(*arguments)` returns, None), or on all ranks (None, the reason) where one of them cannot have
+    its weights. The last argument is the file that the user gave, if any: that one must be right, and its
+    UserError goes through."""
+    found = reason = None
     try:
-        return load(*arguments), None
-    except UserError as reason:
+        found = load(*arguments)
+    except UserError as error:
         if arguments[-1] is not None:
             raise
-        return None, f"not computed ({reason})"
+        reason = str(error)
+    reason = next(filter(None, rt.gather(reason)), None)
+    return (None, f"not computed ({reason})") if reason else (found, None)
 
 
 def published_original(images, rounding=False):
@@ -178,12 +181,12 @@ def main():
             f"--size {args.size} is not a multiple of {tokenizer.factor}, this tokenizer's factor"
         )
     absent, perceptual = {}, {}
-    loaded, absent["rFID"] = if_there(load_inception, args.inception)
+    loaded, absent["rFID"] = if_there(rt, load_inception, args.inception)
     inception, sha256 = loaded or (None, None)
     if inception:
         inception.to(rt.device)
-    perceptual["LPIPS VGG"], absent["LPIPS VGG"] = if_there(load_lpips, "vgg", args.lpips_vgg)
-    perceptual["LPIPS AlexNet"], absent["LPIPS AlexNet"] = if_there(load_lpips, "alex", args.lpips_alex)
+    perceptual["LPIPS VGG"], absent["LPIPS VGG"] = if_there(rt, load_lpips, "vgg", args.lpips_vgg)
+    perceptual["LPIPS AlexNet"], absent["LPIPS AlexNet"] = if_there(rt, load_lpips, "alex", args.lpips_alex)
     perceptual = {name: lpips.to(rt.device) for name, lpips in perceptual.items() if lpips}
     out = runtime.open_run(rt, args.out, vars(args))
 

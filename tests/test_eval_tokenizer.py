@@ -6,16 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from golden_files import fill, load
 from PIL import Image
-from scripts import fails_with_one_line, run
+from scripts import fails_with_one_line, on_two_ranks, run
 
 import data
 import eval_tokenizer
 import fid
 from inception import INCEPTION_FILE, InceptionV3
 from losses import LPIPS
-from runtime import UserError
+from runtime import Runtime, UserError
 from tokenizer import Tokenizer, TokenizerConfig
 
 CONFIG = TokenizerConfig(32, (1, 2), 1, bits=10)
@@ -191,6 +192,20 @@ def test_without_networks_the_rest_is_measured(evaluate, files, tmp_path, capsys
     ]:
         assert found[name].startswith("not computed (could not download") and file in found[name]
         assert f"{name:<15} not computed" in printed
+
+
+def _load_on_rank_zero(path):
+    if dist.get_rank():
+        raise UserError("cut short")
+
+
+def _lacking(rank):
+    rt = Runtime(torch.device("cpu"), rank, 2, rank, dist.group.WORLD)
+    assert eval_tokenizer.if_there(rt, _load_on_rank_zero, None) == (None, "not computed (cut short)")
+
+
+def test_what_one_rank_lacks_no_rank_computes(tmp_path):
+    on_two_ranks(_lacking, tmp_path)
 
 
 def test_raw_and_rounding(evaluate, files):
