@@ -192,16 +192,15 @@ def _pictures_in(source, folders):
     Hidden files and folders are left out. Links to folders are followed, after all that is there without them,
     and to no folder that was seen before: neither a loop nor a second way adds pictures.
     """
-    found, seen = [[] for _ in folders], set()
-    if folders != ["."]:
-        seen.add(_place(source))
+    found, seen = [[] for _ in folders], set() if folders == ["."] else {os.path.realpath(source)}
     todo = sorted(enumerate(folders), key=lambda entry: os.path.islink(source / entry[1]))
     for number, top in todo:  # grows by the links on the way
         for where, inside, files in os.walk(source / top, onerror=_stop):
-            if _place(where) in seen:
+            place = os.path.realpath(where)
+            if place in seen:
                 inside.clear()
                 continue
-            seen.add(_place(where))
+            seen.add(place)
             below = os.path.relpath(where, source)
             inside[:] = [name for name in inside if not name.startswith(".")]
             todo += [(number, f"{below}/{name}") for name in inside if os.path.islink(f"{where}/{name}")]
@@ -211,11 +210,6 @@ def _pictures_in(source, folders):
                 if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
             ]
     return [sorted(paths) for paths in found]
-
-
-def _place(folder):
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager
@@ -718,10 +712,8 @@ class CodeDataset:
             json.dumps(made_of, sort_keys=True).encode() + labels.tobytes()
         ).hexdigest()
         if not len(self.rows) or labels.min() < UNREADABLE or labels.max() >= len(self.classes):
-            raise UserError(
-                f"{folder}/labels.bin names no picture, or classes that there are not: it is damaged; "
-                f"remove {folder} and run encode.py again"
-            )
+            what = "names no picture, or classes that there are not: it is damaged"
+            raise UserError(f"{folder}/labels.bin {what}; remove {folder} and run encode.py again")
         path = Path(folder) / "codes.bin"
         with reading(path, "a code cache's codes"):
             self.codes = np.memmap(path, np.int32, mode="r", shape=_codes_shape(self.manifest))

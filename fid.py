@@ -301,10 +301,8 @@ def npz_array(path, name, shape=None):
             header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
             found, fortran_order, dtype = header(file)
             start = file.tell()
-        if shape is not None and (len(found), *found) != (
-            len(shape),
-            *(s or n for s, n in zip(shape, found)),
-        ):
+        pairs = zip(shape or (), found)
+        if shape is not None and (len(found) != len(shape) or any(s not in (None, n) for s, n in pairs)):
             raise UserError(f"{path} holds no moments of Inception: {name} of shape {shape} is missing")
         if dtype.kind not in ("U" if shape == () else "biuf") or dtype.itemsize > 1000:
             raise UserError(f"{name} of {path} is {dtype}, not {'a text' if shape == () else 'numbers'}")
@@ -324,14 +322,8 @@ def in_words(shape):
 
 
 # Arrays of statistics files, and their shapes
-STORED = {
-    "mu": (2048,),
-    "sigma": (2048, 2048),
-    "mu_s": (2023,),
-    "sigma_s": (2023, 2023),
-    "pool": (None, 2048),
-}
-STORED |= {"size": (2,), "convention": (), "inception": ()}
+STORED = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+STORED |= {"pool": (None, 2048), "size": (2,), "convention": (), "inception": ()}
 
 
 class PictureSet:
@@ -357,7 +349,8 @@ class PictureSet:
             if "arr_0" in names:
                 self.pictures = NpzPictures(path)
             if "mu" in names:
-                self._take({name: npz_array(path, name, STORED[name]) for name in STORED if name in names})
+                wanted = [name for name in STORED if name in names or name.replace("sigma", "mu") in names]
+                self._take({name: npz_array(path, name, STORED[name]) for name in wanted})
             elif self.pictures is None:
                 raise UserError(
                     f"{path} has neither pictures (arr_0) nor moments (mu, sigma), but {names[:9]}"
@@ -374,10 +367,8 @@ class PictureSet:
         if "mu_s" in stored:
             self.spatial = stored["mu_s"], stored["sigma_s"]
         # Files of others do not name the convention. Spatial moments are ADM's; no others tell.
-        self.convention = (
-            str(stored["convention"]) if "convention" in stored else "tf1" if self.spatial else None
-        )
-        self.inception = str(stored["inception"]) if "inception" in stored else None
+        self.convention = str(stored.get("convention", "tf1" if self.spatial else "")) or None
+        self.inception = str(stored.get("inception", "")) or None
         self.words.append("stored moments")
         if "pool" in stored:
             self.features = torch.from_numpy(stored["pool"])
