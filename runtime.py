@@ -385,6 +385,9 @@ def run_script(main):
 def _fail(message, code=2):
     rank = os.environ.get("RANK", "0")
     where = f" [rank {rank}]" if rank != "0" else ""
+    message = (
+        str(message) if code == 1 else str(message).replace("\n", "\\n")
+    )  # one line, whatever a name holds
     print(printable(f"{Path(sys.argv[0]).name}{where}: {message}"), file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
