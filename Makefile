@@ -13,7 +13,8 @@ RUN = .venv/bin/python
 demo: .venv/installed
 	$(RUN) demo.py
 
+# A process a file, as many at once as there are cores. One file: .venv/bin/python -m pytest tests/test_lfq.py
 test: .venv/installed
-	$(RUN) -m pytest -q
+	ls -S tests/test_*.py | xargs -n 1 -P $$(getconf _NPROCESSORS_ONLN) $(RUN) -m pytest -q -p no:cacheprovider
 
 .PHONY: demo test

@@ -1,6 +1,7 @@
 """What the golden tests share: the files, the rule that fills weights by name, the error measure."""
 
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +39,11 @@ def named_tensor(name, shape, salt=0):
 
 def fill(module, prefix="", keep=()):
     """Give every entry of a module its golden weight; entries ending in one of `keep` stay as they are."""
-    state = {
-        name: value
-        if name.endswith(tuple(keep) or ("\0",))
-        else named_tensor(prefix + name, tuple(value.shape))
-        for name, value in module.state_dict().items()
-    }
-    module.load_state_dict(state)
+    state = module.state_dict()
+    names = [name for name in state if not name.endswith(tuple(keep) or ("\0",))]
+    with ThreadPoolExecutor() as pool:
+        filled = pool.map(lambda name: named_tensor(prefix + name, tuple(state[name].shape)), names)
+        module.load_state_dict(state | dict(zip(names, filled, strict=True)))
     return module
 
 
