@@ -634,6 +634,11 @@ class CodeWriter:
             raise UserError(
                 f"the codes need {gib:.1f} GiB, and {self.folder} has {free_gib(self.folder):.1f} GiB free"
             )
+        labels = self.folder / "labels.bin"
+        if labels.is_file() and not labels.is_symlink() and (self.labels() != PENDING).any():
+            raise UserError(
+                f"{self.folder} holds codes, but no manifest.json: restore it, or give another --out"
+            )
         for name in ("codes.bin", "labels.bin"):  # new files: nothing is written through a link
             (self.folder / name).unlink(missing_ok=True)
             with open(self.folder / name, "xb") as file:

@@ -659,6 +659,17 @@ def test_a_cache_goes_on_after_a_stop(tmp_path):
     assert data.CodeWriter(tmp_path / "cut", SETTINGS).complete
 
 
+def test_codes_that_have_lost_their_manifest_are_not_thrown_away(tmp_path):
+    complete_cache(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    before = (tmp_path / "codes.bin").read_bytes()
+    with pytest.raises(UserError, match="holds codes, but no manifest.json"):
+        data.CodeWriter(tmp_path, SETTINGS)
+    assert (tmp_path / "codes.bin").read_bytes() == before
+    (tmp_path / "labels.bin").unlink()  # a creation that was cut off: nothing was encoded
+    assert not data.CodeWriter(tmp_path, SETTINGS).complete
+
+
 def test_two_writers_make_the_same_files_as_one(tmp_path):
     expected = content(complete_cache(tmp_path / "one"))
     writers = [data.CodeWriter(tmp_path / "two", SETTINGS) for _ in range(2)]
