@@ -1,8 +1,8 @@
 """The autoregressive model of Open-MAGVIT2 (arXiv 2409.04410): a plain transformer over factorized tokens.
 
-A token of 2^18 codes is two sub-tokens, "pre" (6 bits) and "post" (12 bits). A causal transformer runs over
-the image's tokens in raster order (the spatial blocks); from each of its outputs a small one, over a sequence
-of two, predicts first the pre and then, given it, the post sub-token (the intra-token blocks).
+A token of 2^18 codes is two sub-tokens, "pre" (6 bits) and "post" (12 bits). A causal transformer runs over the image's
+tokens in raster order (the spatial blocks); from each of its outputs a small one, over a sequence of two, predicts
+first the pre and then, given it, the post sub-token (the intra-token blocks).
 
     model, tokenizer = load_ar("B")                 # released name, released or own file, or run folder
     logits = model([pre, post], class_labels)       # teacher forcing: two of (B, N, 2^bits)
@@ -10,9 +10,8 @@ of two, predicts first the pre and then, given it, the post sub-token (the intra
     indices = model.generate(class_labels, cfg_scale=(1.9, 2.0), seeds=range(B))
     images = tokenizer.decode(indices.view(B, 16, 16))
 
-Letters: B batch, N tokens (grid^2, or the first of them), d width, H heads, D head width, V vocabulary of a
-sub-token. `rows` are the sequences that run: B, or 2 B where guidance adds the null class's branch.
-"""
+Letters: B batch, N tokens (grid^2, or the first of them), d width, H heads, D head width, V vocabulary of a sub-token.
+`rows` are the sequences that run: B, or 2 B where guidance adds the null class's branch."""
 
 import contextlib
 import dataclasses
@@ -36,9 +35,9 @@ if torch.cuda.is_available():  # Triton kernels; their import takes a second, wh
 
 @dataclasses.dataclass(frozen=True)
 class ARConfig:
-    """Size of an `ARTransformer`. `factorized_bits`: bits of the pre and post sub-tokens; `grid`: side of the
-    token grid; `dropout`: probability on the token sequence and on what attention and feed-forward add.
-    Raises UserError for a size that cannot be built."""
+    """Size of an `ARTransformer`. `factorized_bits`: bits of the pre and post sub-tokens; `grid`: side of the token
+    grid; `dropout`: probability on the token sequence and on what attention and feed-forward add. Raises UserError for
+    a size that cannot be built."""
 
     width: int
     heads: int
@@ -62,9 +61,7 @@ class ARConfig:
             )
         bits = self.factorized_bits
         if len(bits) != 2 or not all(type(b) is int and b >= 1 for b in bits) or sum(bits) > 30:
-            raise UserError(
-                f"factorized_bits must be two whole numbers (pre, post), 30 at most in all, not {bits}"
-            )
+            raise UserError(f"factorized_bits must be two whole numbers (pre, post), 30 at most in all, not {bits}")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
@@ -82,12 +79,11 @@ AR_SIZES = {
 }
 
 RELEASED_AR = {
-    name: "https://huggingface.co/TencentARC/"
-    f"Open-MAGVIT2-AR-{name}-256-resolution/resolve/main/AR_256_{name}.ckpt"
+    name: f"https://huggingface.co/TencentARC/Open-MAGVIT2-AR-{name}-256-resolution/resolve/main/AR_256_{name}.ckpt"
     for name in ("B", "L", "XL")
 }
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The network. Module names are those of the released files.
 
 
@@ -105,8 +101,8 @@ class RMSNorm(nn.Module):
 def rotary_table(grid, head_width, device=None):
     """cos and sin of the 2D rotary embedding, (2, grid^2 + 1, D/2) float32.
 
-    Grid place t stands at position t + 1. The first D/4 rotation pairs turn by row * frequency, the others by
-    column * frequency, frequencies 1 / 10000^(2j / (D/2)), j = 0..D/4-1.
+    Grid place t stands at position t + 1. The first D/4 rotation pairs turn by row * frequency, the others by column *
+    frequency, frequencies 1 / 10000^(2j / (D/2)), j = 0..D/4-1.
     """
     half = head_width // 2
     frequencies = 1 / 10000 ** (torch.arange(0, half, 2, device=device) / half)  # (D/4,)
@@ -126,8 +122,7 @@ def rotate(x, rotary):
 
 
 def add_norm(x, added, norm, dropout=0.0, training=False):
-    """(x + dropout(added), its norm): how every step of the residual stream begins. added None: (x, its
-    norm)."""
+    """(x + dropout(added), its norm): how every step of the residual stream begins. added None: (x, its norm)."""
     if fused_training and fused_training.usable(x):
         return fused_training.add_norm(x, added, norm.weight, dropout if training else 0.0)
     if added is not None:
@@ -138,8 +133,8 @@ def add_norm(x, added, norm, dropout=0.0, training=False):
 class Attention(nn.Module):
     """Causal self-attention, (rows, N, d) -> (rows, N, d).
 
-    With a cache (2, rows, H, length, D) there is one input, N = 1, and it stands at position `start`: its key
-    and value are written there, and it attends to the filled part only, 0..start.
+    With a cache (2, rows, H, length, D) there is one input, N = 1, and it stands at position `start`: its key and value
+    are written there, and it attends to the filled part only, 0..start.
     """
 
     def __init__(self, config):
@@ -165,9 +160,8 @@ class Attention(nn.Module):
 class PairAttention(Attention):
     """The intra-token blocks' attention, over sequences of two: the same function in closed form.
 
-    The first element sees itself only. The second weighs both by a softmax of (0, q.k / sqrt(D)): the score
-    with the first is 0, as its key is zeroed like the class's, and its own position is grid place 0, which
-    turns nothing.
+    The first element sees itself only. The second weighs both by a softmax of (0, q.k / sqrt(D)): the score with the
+    first is 0, as its key is zeroed like the class's, and its own position is grid place 0, which turns nothing.
     """
 
     def forward(self, x, rotary, cache=None, start=0):
@@ -204,8 +198,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; dropout on what attention and feed-forward add, none inside attention.
 
-    (x, added) -> (x, added): what the feed-forward adds is left to the next block, whose first norm takes it
-    in the same pass over memory. `added` is None for the first.
+    (x, added) -> (x, added): what the feed-forward adds is left to the next block, whose first norm takes it in the
+    same pass over memory. `added` is None for the first.
     """
 
     def __init__(self, config, attention=Attention):
@@ -224,12 +218,11 @@ class Block(nn.Module):
 
 
 class ARTransformer(nn.Module):
-    """Class-conditional transformer over tokens of two sub-tokens. State-dict entries: the released ones
-    without `transformer.`, no more.
+    """Class-conditional transformer over tokens of two sub-tokens. State-dict entries: the released ones without
+    `transformer.`, no more.
 
-    Initialised N(0, 0.02), both heads zero. `class_dropout` is the probability with which training replaces
-    an image's class by the null class, number `num_classes`. `class_names`: list of names, or None.
-    """
+    Initialised N(0, 0.02), both heads zero. `class_dropout` is the probability with which training replaces an image's
+    class by the null class, number `num_classes`. `class_names`: list of names, or None."""
 
     def __init__(self, config):
         super().__init__()
@@ -238,13 +231,9 @@ class ARTransformer(nn.Module):
         self.pre_emb = nn.Embedding(pre, config.width)
         self.post_emb = nn.Embedding(post, config.width)
         # The last row is the null class, "no class".
-        self.class_emb = nn.ModuleDict(
-            {"embedding_table": nn.Embedding(config.num_classes + 1, config.width)}
-        )
+        self.class_emb = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, config.width)})
         self.spatial_blocks = nn.ModuleList(Block(config) for _ in range(config.spatial_layers))
-        self.factorized_blocks = nn.ModuleList(
-            Block(config, PairAttention) for _ in range(config.intra_layers)
-        )
+        self.factorized_blocks = nn.ModuleList(Block(config, PairAttention) for _ in range(config.intra_layers))
         self.norm = RMSNorm(config.width)
         self.head = nn.ModuleList(nn.Linear(config.width, size, bias=False) for size in (pre, post))
         for module in self.modules():
@@ -260,16 +249,13 @@ class ARTransformer(nn.Module):
     def forward(self, sub_indices, class_labels):
         """Teacher forcing: logits of every token given its class, the tokens before it, and for post its pre.
 
-        sub_indices: pre and post, (B, N) integers each, N up to grid^2. class_labels: (B,) in 0..num_classes.
-        Returns [logits_pre (B, N, V_pre), logits_post (B, N, V_post)]. In train mode classes and tokens drop
-        out, drawn from torch's global generator. Raises UserError where N is larger than the grid.
-        """
+        sub_indices: pre and post, (B, N) integers each, N up to grid^2. class_labels: (B,) in 0..num_classes. Returns
+        [logits_pre (B, N, V_pre), logits_post (B, N, V_post)]. In train mode classes and tokens drop out, drawn from
+        torch's global generator. Raises UserError where N is larger than the grid."""
         pre, post = sub_indices
         batch, tokens = pre.shape
         if tokens > self.config.grid**2:
-            raise UserError(
-                f"{tokens} tokens do not fit this model's grid of {self.config.grid}x{self.config.grid}"
-            )
+            raise UserError(f"{tokens} tokens do not fit this model's grid of {self.config.grid}x{self.config.grid}")
         if self.training:
             dropped = torch.rand(batch, device=class_labels.device) < self.class_dropout
             class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
@@ -303,12 +289,11 @@ class ARTransformer(nn.Module):
     ):
         """Draw images' tokens, with classifier-free guidance; always in eval mode.
 
-        class_labels: (B,) in 0..num_classes. Every option is a pair (pre, post): `cfg_scale`, where (1, 1) is
-        no guidance and runs no null branch; `temperature` > 0; `top_k`, 0 is off; `top_p` in (0, 1], 1 is
-        off. seeds: one integer an image (0..B-1 where None); an image is a function of its seed, class and
-        options, not of its batch. max_tokens: stop after so many (grid^2 where None).
-        Returns merged indices (B, max_tokens) int64. Raises UserError for options out of range.
-        """
+        class_labels: (B,) in 0..num_classes. Every option is a pair (pre, post): `cfg_scale`, where (1, 1) is no
+        guidance and runs no null branch; `temperature` > 0; `top_k`, 0 is off; `top_p` in (0, 1], 1 is off. seeds: one
+        integer an image (0..B-1 where None); an image is a function of its seed, class and options, not of its batch.
+        max_tokens: stop after so many (grid^2 where None).
+        Returns merged indices (B, max_tokens) int64. Raises UserError for options out of range."""
         tokens = self.config.grid**2 if max_tokens is None else max_tokens
         seeds = list(range(len(class_labels)) if seeds is None else seeds)
         check_sampling(cfg_scale, temperature, top_k, top_p)
@@ -342,12 +327,11 @@ class ARTransformer(nn.Module):
         return torch.stack(drawn, dim=1)
 
     def compile_blocks(self):
-        """Compile each block for itself: one compilation serves all blocks of a kind, and state-dict entries
-        keep their names."""
+        """Compile each block for itself: one compilation serves all blocks of a kind, and state-dict entries keep their
+        names."""
         import torch._functorch.config  # which nothing else may have imported
 
-        # Its keys leave out kernels of the backward pass: it would go on using the old ones after they were
-        # edited.
+        # Its keys leave out kernels of the backward pass: it would go on using the old ones after they were edited.
         torch._functorch.config.enable_autograd_cache = False
         for block in (*self.spatial_blocks, *self.factorized_blocks):
             block.compile(dynamic=False)
@@ -367,17 +351,15 @@ class ARTransformer(nn.Module):
         """Keys and values (layers, 2, rows, H, N, D) of the spatial and of the intra-token blocks (N = 2)."""
         config, dtype = self.config, self._computes_in()
         return [
-            self.norm.weight.new_empty(
-                (layers, 2, rows, config.heads, length, config.head_width), dtype=dtype
-            )
+            self.norm.weight.new_empty((layers, 2, rows, config.heads, length, config.head_width), dtype=dtype)
             for layers, length in ((config.spatial_layers, tokens), (config.intra_layers, 2))
         ]
 
     def _token_step(self, x, position, rotary, caches, uniforms, options):
         """One token of every image: x (rows, 1, d) enters at `position`, uniforms (B, 2) decide the draws.
 
-        Returns the next x, the sub-tokens [pre, post], (B,) each, and their logits. No shape depends on
-        `position`, except how much of the spatial cache is attended to.
+        Returns the next x, the sub-tokens [pre, post], (B,) each, and their logits. No shape depends on `position`,
+        except how much of the spatial cache is attended to.
         """
         spatial_cache, intra_cache = caches
         added = None
@@ -407,12 +389,11 @@ class ARTransformer(nn.Module):
         lowest, highest = class_labels.aminmax()
         if lowest < 0 or highest > self.config.num_classes:
             raise UserError(
-                f"class labels must be 0 to {self.config.num_classes} (the null class), "
-                f"not {lowest} to {highest}"
+                f"class labels must be 0 to {self.config.num_classes} (the null class), not {lowest} to {highest}"
             )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -442,8 +423,8 @@ def guided(cond, uncond, scale):
 def filter_logits(logits, top_k=0, top_p=1.0):
     """Logits (..., V) with what top-k and then top-p leave out set to -inf; at least one entry stays.
 
-    top_k: keep logits that reach the k-th largest (0: all). top_p: keep the smallest set of the likeliest
-    entries whose probability, after top-k, passes p (1: all).
+    top_k: keep logits that reach the k-th largest (0: all). top_p: keep the smallest set of the likeliest entries whose
+    probability, after top-k, passes p (1: all).
     """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
@@ -460,8 +441,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 def draw(logits, uniforms):
     """An entry of softmax(logits) by inverse CDF: logits (B, V), uniforms (B,) in [0, 1) -> (B,) int64.
 
-    It is the first entry whose cumulative probability, of the uniforms' type, passes u; never one of
-    probability 0.
+    It is the first entry whose cumulative probability, of the uniforms' type, passes u; never one of probability 0.
     """
     likelihood = logits.to(uniforms.dtype).softmax(-1)
     # Out are entries of probability 0: a GPU's parallel sums may step up there by rounding.
@@ -494,7 +474,7 @@ def image_uniforms(seeds, tokens):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -509,8 +489,8 @@ def cross_entropies(logits, sub_indices):
 def clip_gradients(optimizer, in_step=False):
     """Clip the gradients of all parameters together to a norm of 1; returns the norm before, a tensor.
 
-    in_step: leave the scaling to the optimizer's step, which saves a pass over memory. For fused optimizers
-    and unsharded gradients, before every step, and after a GradScaler's `unscale_`.
+    in_step: leave the scaling to the optimizer's step, which saves a pass over memory. For fused optimizers and
+    unsharded gradients, before every step, and after a GradScaler's `unscale_`.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not in_step:
@@ -525,9 +505,9 @@ def learning_rate(
 ):
     """Learning rate of an iteration, counted from 0.
 
-    A linear warm-up from warmup_start * peak over `warmup_epochs`, rounded to whole iterations; then, over
-    the iterations that remain, the peak for their first `flat` share, and a straight line to floor * peak,
-    reached at the last iteration.
+    A linear warm-up from warmup_start * peak over `warmup_epochs`, rounded to whole iterations; then, over the
+    iterations that remain, the peak for their first `flat` share, and a straight line to floor * peak, reached at the
+    last iteration.
     """
     warmup, last = round(warmup_epochs * iterations_an_epoch), epochs * iterations_an_epoch - 1
     if iteration < warmup:
@@ -538,27 +518,24 @@ def learning_rate(
     return peak * (floor + (1 - floor) * (1 - done) / (1 - flat))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reading files
 
 
 def load_ar(path_or_name, config=None):
     """(ARTransformer, Tokenizer or None), both in eval mode and on the CPU.
 
-    path_or_name: a released name ("B", "L", "XL"), a released transformer file, this project's own file or
-    run folder, or a bare state dict of any of these. B, L and XL are known by their width, own files carry
-    their configuration; a bare state dict of another width needs `config`. The tokenizer is the one in the
-    file, which the model was trained with. `class_names` of the model: an own file's list, otherwise None.
-    Raises UserError naming the file, the entries at fault and the size expected; nothing is loaded in part.
-    """
+    path_or_name: a released name ("B", "L", "XL"), a released transformer file, this project's own file or run folder,
+    or a bare state dict of any of these. B, L and XL are known by their width, own files carry their configuration; a
+    bare state dict of another width needs `config`. The tokenizer is the one in the file, which the model was trained
+    with. `class_names` of the model: an own file's list, otherwise None. Raises UserError naming the file, the entries
+    at fault and the size expected; nothing is loaded in part."""
     path = locate(path_or_name, RELEASED_AR)
     with reading(path, "a transformer file"):
         content = read_weights(path)
         kind = content.get("kind") if isinstance(content, dict) else None
         if kind == "tokenizer":
-            raise UserError(
-                f"{path} is a tokenizer file; give a transformer file (from train_ar.py, or AR_256_B.ckpt)"
-            )
+            raise UserError(f"{path} is a tokenizer file; give a transformer file (from train_ar.py, or AR_256_B.ckpt)")
         if kind == "ar":  # this project's own
             try:
                 config, entries = config or ARConfig(**content["config"]), content["model"]
@@ -576,9 +553,7 @@ def load_ar(path_or_name, config=None):
                 if name.startswith("first_stage_model."):
                     tokenizer_entries[name.removeprefix("first_stage_model.")] = value
                 elif (short := name.removeprefix("transformer.")) in entries:
-                    raise UserError(
-                        f"{path} holds entry {short} twice, with and without transformer. before it"
-                    )
+                    raise UserError(f"{path} holds entry {short} twice, with and without transformer. before it")
                 else:
                     entries[short] = value
             config = config or _config_by_width(entries, path)

@@ -3,11 +3,10 @@
     python bench.py                          # everything, some ten minutes on an H200
     python bench.py --only entropy,sample    # some of it; see ROWS at the end
 
-Each row but the loader's is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too:
-values do not change the time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share` is
-the work's arithmetic (training, decoding) or its least traffic (sampling: weights and filled cache once a
-token) over the time, against this GPU's own rate, measured at the start: a large bf16 matrix product, a large
-device-to-device copy.
+Each row but the loader's is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do
+not change the time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share` is the
+work's arithmetic (training, decoding) or its least traffic (sampling: weights and filled cache once a token) over the
+time, against this GPU's own rate, measured at the start: a large bf16 matrix product, a large device-to-device copy.
 """
 
 import dataclasses
@@ -43,8 +42,8 @@ except ImportError:  # no Triton: nothing to switch
 
 # GFLOP an image, forward, 2 a multiply-add: encoder, decoder of 256_L; VGG16 of LPIPS; the discriminator.
 ENCODER, DECODER, VGG, DISCRIMINATOR = 266e9, 317e9, 40e9, 6.3e9
-# Forward and backward of the generator; VGG of x forward, of y forward and backward to y; the discriminator
-# likewise for the generator, then of x and y forward and backward.
+# Forward and backward of the generator; VGG of x forward, of y forward and backward to y; the discriminator likewise
+# for the generator, then of x and y forward and backward.
 STEP_256_L = 3 * (ENCODER + DECODER) + 3 * VGG + (2 + 6) * DISCRIMINATOR
 
 
@@ -68,9 +67,7 @@ def main():
         runtime.set_precision(rt, "bf16")
         bench = Bench(rt.device, args.repeats)
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-        print(
-            f"ceilings: bf16 product {bench.flops / 1e12:.0f} TFLOP/s, copy {bench.bandwidth / 1e12:.2f} TB/s\n"
-        )
+        print(f"ceilings: bf16 product {bench.flops / 1e12:.0f} TFLOP/s, copy {bench.bandwidth / 1e12:.2f} TB/s\n")
     else:
         bench = None
     print("| what | ours | plain | ratio | peak memory | share of the ceiling |\n|---|---|---|---|---|---|")
@@ -135,7 +132,7 @@ def row(what, ours, other, memory, share=None, images=None):
     return what, cell(ours), cell(other), ratio, f"{memory / 2**30:.2f} GiB", f"{share:.0%}" if share else "-"
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def dense_entropy_terms(z, temperature=0.01, eps=1e-5):
@@ -159,9 +156,7 @@ def bench_entropy(bench):
 
         ours, memory = bench.time(functools.partial(work, entropy_terms), 100)
         dense, _ = bench.time(functools.partial(work, dense_entropy_terms), 5)
-        yield row(
-            f"LFQ entropy, {tokens} tokens, forward + backward (plain: dense table)", ours, dense, memory
-        )
+        yield row(f"LFQ entropy, {tokens} tokens, forward + backward (plain: dense table)", ours, dense, memory)
 
 
 def tokenizer_step(bench, batch, compiled):
@@ -180,10 +175,7 @@ def tokenizer_step(bench, batch, compiled):
     lecam = losses.LeCAM().to(device)
     trained = [*tokenizer.parameters(), *discriminator.parameters()]
     average = [p.detach().clone() for p in trained]
-    adam = [
-        torch.optim.Adam(m.parameters(), 1e-4, betas=(0.5, 0.9), fused=True)
-        for m in (tokenizer, discriminator)
-    ]
+    adam = [torch.optim.Adam(m.parameters(), 1e-4, betas=(0.5, 0.9), fused=True) for m in (tokenizer, discriminator)]
     images = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8, device=device)
     rt = runtime.Runtime(device)
     gradients = [Gradients(rt, m.parameters()) for m in (tokenizer, discriminator)]
@@ -264,8 +256,7 @@ def transformer_step(bench, name, batch, compiled, grid=16):
 
 
 def step_flops(model):
-    """Arithmetic of one image's training step: matrix products and attention, forward and twice that
-    backward."""
+    """Arithmetic of one image's training step: matrix products and attention, forward and twice that backward."""
     config = model.config
     tokens = config.grid**2
 
@@ -350,9 +341,7 @@ def bench_decoder(bench, batch=50):
     fast()
     tokenizer.to(memory_format=torch.channels_last)
     ours, memory = bench.time(work)
-    yield row(
-        f"256_L decoder, {batch} images", ours, other, memory, DECODER * batch / ours / bench.flops, batch
-    )
+    yield row(f"256_L decoder, {batch} images", ours, other, memory, DECODER * batch / ours / bench.flops, batch)
 
 
 def bench_loader(bench, count=1000):
@@ -372,14 +361,7 @@ def bench_loader(bench, count=1000):
                 if step == 0:
                     began = time.perf_counter()
             speed = (steps - 1) * 32 / (time.perf_counter() - began)
-            yield (
-                f"loader, {workers} worker(s), 500x400 JPEG to 256",
-                f"{speed:.0f} images/s",
-                "-",
-                "-",
-                "-",
-                "-",
-            )
+            yield (f"loader, {workers} worker(s), 500x400 JPEG to 256", f"{speed:.0f} images/s", "-", "-", "-", "-")
 
 
 ROWS = {

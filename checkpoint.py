@@ -1,5 +1,4 @@
-"""Weights on disk: reading any file without running what is in it, matching it strictly, writing it
-atomically.
+"""Weights on disk: reading any file without running what is in it, matching it strictly, writing it atomically.
 
 - `read_weights(path)`: a .ckpt / .pt / .pth file as plain tensors and containers; a pickle is never executed.
 - `match(found, expected, ...)`: every missing, unexpected or wrongly shaped entry is an error that names it.
@@ -24,7 +23,7 @@ import torch.distributed as dist
 
 from runtime import Unreadable, UserError, reading, reason_of, replacing
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -86,9 +85,9 @@ def read_weights(path):
     """The content of a weights file, on the CPU, as plain tensors and containers.
 
     Reads with `weights_only=True`. A file that holds foreign objects (the released ones were written by PyTorch
-    Lightning) is read once more, with each of them turned into an inert placeholder and a warning that names
-    their types; in torch's format of before 1.6 it is refused. Nothing in a file is ever imported or called.
-    Raises UserError as `runtime.reading` does.
+    Lightning) is read once more, with each of them turned into an inert placeholder and a warning that names their
+    types; in torch's format of before 1.6 it is refused. Nothing in a file is ever imported or called. Raises UserError
+    as `runtime.reading` does.
     """
     path = Path(path)
     try:
@@ -112,8 +111,8 @@ def read_weights(path):
 
 
 def is_intact(path):
-    """True where every byte of a torch file matches the checksums stored in it (reading it looks at those of
-    tensors only). Raises Unreadable where that cannot be told for now."""
+    """True where every byte of a torch file matches the checksums stored in it (reading it looks at those of tensors
+    only). Raises Unreadable where that cannot be told for now."""
     try:
         with reading(path, "a zip archive"), open(path, "rb") as file:
             return _archive(file).testzip() is None
@@ -138,18 +137,15 @@ def entries_of(content, source):
 
 
 def match(found, expected, source, what):
-    """Check that the entries `found` (name -> tensor) are exactly `expected` (name -> tensor): plain tensors of
-    those shapes, floats where floats are due, and finite.
+    """Check that the entries `found` (name -> tensor) are exactly `expected` (name -> tensor): plain tensors of those
+    shapes, floats where floats are due, and finite.
 
-    Raises UserError naming the entries at fault, the file `source` and `what` model was expected.
-    """
+    Raises UserError naming the entries at fault, the file `source` and `what` model was expected."""
     found = found if isinstance(found, dict) else {}
     faults = [f"entry {name} is missing" for name in expected if name not in found]
     faults += [f"entry {name} is unexpected" for name in found if name not in expected]
     size = 4 * sum(value.numel() for value in expected.values())
-    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf(
-        "SC_PHYS_PAGES"
-    ):  # in a file, one number may be so many
+    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):  # in a file, one number may be so many
         faults = [f"{size / 2**30:.0f} GiB of weights do not fit into this machine's memory"]
     else:
         wrong = {name: _fault(found[name], expected[name]) for name in found if name in expected}
@@ -182,13 +178,13 @@ def hash_of(state):
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Finding
 
 
 def download(url):
-    """The local file of `url` in torch's hub cache, fetched with a progress bar the first time. Where that fails
-    for one process it fails for all."""
+    """The local file of `url` in torch's hub cache, fetched with a progress bar the first time. Where that fails for
+    one process it fails for all."""
     path, failure = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], None
     if not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
         failure = _fetch(url, path)
@@ -223,8 +219,8 @@ def _fetch(url, path):
 
 
 def locate(name_or_path, released):
-    """The weights file meant by `name_or_path`: a file; a run folder (its newest intact checkpoint); or a
-    name in `released` (name -> address), downloaded once. Raises UserError where it is none of these."""
+    """The weights file meant by `name_or_path`: a file; a run folder (its newest intact checkpoint); or a name in
+    `released` (name -> address), downloaded once. Raises UserError where it is none of these."""
     path = Path(name_or_path)
     try:
         if path.is_dir():
@@ -238,12 +234,10 @@ def locate(name_or_path, released):
         return path
     if str(name_or_path) in released:
         return download(released[str(name_or_path)])
-    raise UserError(
-        f"there is no file or folder {name_or_path}; released names: {', '.join(released) or 'none'}"
-    )
+    raise UserError(f"there is no file or folder {name_or_path}; released names: {', '.join(released) or 'none'}")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Training state
 
 
@@ -280,12 +274,10 @@ def write_atomically(path, content):
 
 
 def save_checkpoint(folder, state, keep_last=2, keep_every=0):
-    """Write `state` (plain tensors, numbers, strings; with its "step") as folder/step_XXXXXXXX.pt; returns
-    the path.
+    """Write `state` (plain tensors, numbers, strings; with its "step") as folder/step_XXXXXXXX.pt; returns the path.
 
-    Keeps the newest `keep_last` files, and for good those whose step is a multiple of `keep_every` (0: none).
-    A file of a later step was passed over as damaged when the run began: it does not count among the newest.
-    """
+    Keeps the newest `keep_last` files, and for good those whose step is a multiple of `keep_every` (0: none). A file of
+    a later step was passed over as damaged when the run began: it does not count among the newest."""
     path = Path(folder) / f"step_{state['step']:08d}.pt"
     write_atomically(path, state)
     ours = [old for old in checkpoints(folder) if _step_of(old) <= state["step"]]
@@ -296,13 +288,12 @@ def save_checkpoint(folder, state, keep_last=2, keep_every=0):
 
 
 def load_latest(rt, folder, kind):
-    """(path, state) of the newest intact checkpoint of `kind` in a run folder, or (None, None) for a fresh
-    start.
+    """(path, state) of the newest intact checkpoint of `kind` in a run folder, or (None, None) for a fresh start.
 
-    A torn or foreign file is passed over for the older one, with a warning. A whole one of the other stage or
-    without training state is an error, as the run would push it out; so is one that cannot be read for now, as
-    the run would write over it. All ranks read the file that the main process chose, so the folder must be on a
-    file system that every host sees.
+    A torn or foreign file is passed over for the older one, with a warning. A whole one of the other stage or without
+    training state is an error, as the run would push it out; so is one that cannot be read for now, as the run would
+    write over it. All ranks read the file that the main process chose, so the folder must be on a file system that
+    every host sees.
     """
     chosen, state = None, None
     if rt.main:
@@ -330,23 +321,20 @@ def load_latest(rt, folder, kind):
         return None, None
     if not rt.main:
         if not chosen.is_file():
-            raise UserError(
-                f"{chosen} is not visible on this host; put --out on a file system that all hosts share"
-            )
+            raise UserError(f"{chosen} is not visible on this host; put --out on a file system that all hosts share")
         state = read_weights(chosen)
     return chosen, state
 
 
 def restore(module, state, name, path):
-    """Load entry `name` of the checkpoint `state` into a module; a UserError naming `path` where it does not
-    fit."""
+    """Load entry `name` of the checkpoint `state` into a module; a UserError naming `path` where it does not fit."""
     match(state.get(name, {}), module.state_dict(), path, f"this run's {name}")
     module.load_state_dict(state[name])
 
 
 def restore_optimizer(optimizer, state):
-    """Load an optimizer's state. What it keeps of a parameter comes to lie in memory as the parameter does:
-    fused optimizers take that for granted, and a checkpoint may be of another device, with another layout."""
+    """Load an optimizer's state. What it keeps of a parameter comes to lie in memory as the parameter does: fused
+    optimizers take that for granted, and a checkpoint may be of another device, with another layout."""
     optimizer.load_state_dict(state)
     for parameter, kept in optimizer.state.items():
         for name, value in kept.items():
@@ -355,8 +343,7 @@ def restore_optimizer(optimizer, state):
 
 
 def changed_settings(old, new, may_change):
-    """What differs between a checkpoint's settings and the present ones, as a line; "" where nothing that
-    matters."""
+    """What differs between a checkpoint's settings and the present ones, as a line; "" where nothing that matters."""
     found = []
     for name, value in new.items():
         before = old.get(name, False)  # a flag younger than the checkpoint was off in it

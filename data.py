@@ -7,8 +7,8 @@
     codes = open_codes("codes/train")                                   # written by encode.py
     indices, labels = codes.batch(SampleOrder(len(codes), seed=0).at(0, 96), seed=0)
 
-Nothing here keeps a random state: the order of samples is a function of (seed, epoch), a crop of (seed,
-epoch, index), a glyph of (seed, index). So a run goes on from any step, with any number of workers.
+Nothing here keeps a random state: the order of samples is a function of (seed, epoch), a crop of (seed, epoch, index),
+a glyph of (seed, index). So a run goes on from any step, with any number of workers.
 
 Letters: b pictures in a batch, S side in pixels, h w latent grid.
 """
@@ -56,8 +56,8 @@ def to_float(images):
 
 
 def to_uint8(images, rounding=False):
-    """Float images, clamped to [-1, 1] -> uint8. Truncates, as the published numbers were made: half a grey
-    level darker on average than with `rounding`."""
+    """Float images, clamped to [-1, 1] -> uint8. Truncates, as the published numbers were made: half a grey level
+    darker on average than with `rounding`."""
     levels = 255 * (images.float().clamp(-1, 1) + 1) / 2
     return (levels.round() if rounding else levels).to(torch.uint8)
 
@@ -73,7 +73,7 @@ def picture_grid(images, columns):
     return Image.fromarray(sheet.movedim(0, -1).contiguous().numpy())
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Picture folders
 
 
@@ -86,10 +86,9 @@ def open_pictures(source, size, train, seed=0, labelled=True):
         other pictures than with False.
     labelled: False takes any picture at any depth of a folder, with label 0 of the one class "all".
 
-    Returns a dataset with `len()`, `.classes` (names; folders sorted), `.labels` (int64 array),
-    `.name(index)`, and `dataset[epoch, index]` -> (image uint8 tensor (3, S, S), label, index, ""); in place
-    of an unreadable picture comes the next readable one, with the reason as the last entry. Raises UserError
-    where there is none.
+    Returns a dataset with `len()`, `.classes` (names; folders sorted), `.labels` (int64 array), `.name(index)`, and
+    `dataset[epoch, index]` -> (image uint8 tensor (3, S, S), label, index, ""); in place of an unreadable picture comes
+    the next readable one, with the reason as the last entry. Raises UserError where there is none.
     """
     if size < 1 or seed < 0:
         raise UserError(f"image size must be positive and the seed not negative, not {size} and {seed}")
@@ -171,8 +170,8 @@ class PictureFolder:
 
 
 def identity(pictures):
-    """sha256 of what a data set holds: the names of its classes, names and labels of its pictures in order. Not
-    of where it lies, nor of its pixels."""
+    """sha256 of what a data set holds: the names of its classes, names and labels of its pictures in order. Not of
+    where it lies, nor of its pixels."""
     digest = hashlib.sha256()
     entries = (f"{label} {pictures.name(index)}" for index, label in enumerate(pictures.labels))
     for text in (*pictures.classes, "", *entries):
@@ -189,9 +188,8 @@ def _stop(error):
 def _pictures_in(source, folders):
     """For each of these folders in `source` the sorted paths, from `source` on, of the pictures at any depth.
 
-    Hidden files and folders are left out. Links to folders are followed, after all that is there without them,
-    and to no folder that was seen before: neither a loop nor a second way adds pictures.
-    """
+    Hidden files and folders are left out. Links to folders are followed, after all that is there without them, and to
+    no folder that was seen before: neither a loop nor a second way adds pictures."""
     found, seen = [[] for _ in folders], set() if folders == ["."] else {os.path.realpath(source)}
     todo = sorted(enumerate(folders), key=lambda entry: os.path.islink(source / entry[1]))
     for number, top in todo:  # grows by the links on the way
@@ -214,8 +212,8 @@ def _pictures_in(source, folders):
 
 @contextlib.contextmanager
 def opened(path):
-    """The picture at `path`, opened by Pillow and not yet decoded. Raises whatever Pillow raises for a file that
-    is damaged, no picture, or so large that Pillow takes it for a decompression bomb."""
+    """The picture at `path`, opened by Pillow and not yet decoded. Raises whatever Pillow raises for a file that is
+    damaged, no picture, or so large that Pillow takes it for a decompression bomb."""
     # Without waiting: opening a named pipe would, for somebody who writes into it.
     with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -234,8 +232,7 @@ def opened(path):
 def load_rgb(path):
     """The picture at `path` in RGB, as Pillow converts it (first frame; transparency dropped).
 
-    EXIF orientation is not applied: the published loader does not. Raises as `opened` does.
-    """
+    EXIF orientation is not applied: the published loader does not. Raises as `opened` does."""
     with opened(path) as picture:
         if picture.mode[0] in "IF":
             picture = _grey(picture)
@@ -243,8 +240,8 @@ def load_rgb(path):
 
 
 def _grey(picture):
-    """16-bit grey in 8 bits: the high byte, as Pillow itself takes of 16-bit colour. Its convert clips at 255,
-    which leaves a white picture."""
+    """16-bit grey in 8 bits: the high byte, as Pillow itself takes of 16-bit colour. Its convert clips at 255, which
+    leaves a white picture."""
     tiff = getattr(picture, "tag_v2", {})
     if picture.mode == "F" or (picture.mode == "I" and tiff):
         raise ValueError("its grey levels are floats, signed or of 32 bits: which is white, no file says")
@@ -254,9 +251,9 @@ def _grey(picture):
 
 
 def resize_and_crop(picture, size, rng=None):
-    """Short side to `size` (bilinear, the long side rounded down), then a `size` x `size` crop: random, from
-    the generator `rng`, or centred where that is None. Pillow picture in, Pillow picture out. Raises ValueError
-    where a line of pixels would take gigabytes when enlarged."""
+    """Short side to `size` (bilinear, the long side rounded down), then a `size` x `size` crop: random, from the
+    generator `rng`, or centred where that is None. Pillow picture in, Pillow picture out. Raises ValueError where a
+    line of pixels would take gigabytes when enlarged."""
     short = min(picture.size)
     width, height = (int(size * side / short) for side in picture.size)
     if width * height > Image.MAX_IMAGE_PIXELS:
@@ -294,9 +291,8 @@ class BadPictures:
     def check(self, total=None, epochs=1):
         """Raise UserError where more than 1 % of the pictures are unreadable.
 
-        total: `.count` summed over ranks (this rank's, if None). epochs: how many were drawn from, the one
-        begun included; as a picture comes once an epoch, 1 % or fewer never stop a run.
-        """
+        total: `.count` summed over ranks (this rank's, if None). epochs: how many were drawn from, the one begun
+        included; as a picture comes once an epoch, 1 % or fewer never stop a run."""
         total = self.count if total is None else int(total)
         if total > BAD_SHARE * len(self.dataset) * epochs:
             examples = f" (for instance {self._names()}{self.first_reason})" if self.seen else ""
@@ -316,27 +312,20 @@ class BadPictures:
         return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Glyphs
 
 
 class Glyphs:
     """Built-in class-conditional pictures: letters and digits on textured grounds. See `open_pictures`.
 
-    Picture i has class i % classes and is a function of (seed, train, i); at another size it looks the same.
-    """
+    Picture i has class i % classes and is a function of (seed, train, i); at another size it looks the same."""
 
     def __init__(self, source, size, train, seed=0):
         self.source, self.size, self.train, self.seed = source, size, train, seed
         parts = source.split(":")[1:]
         count, classes = parts + [str(GLYPH_COUNT), GLYPHS][len(parts) :] if len(parts) < 3 else ("", "")
-        if not (
-            count.isdecimal()
-            and len(count) < 10
-            and int(count) > 0
-            and classes.isascii()
-            and classes.isalnum()
-        ):
+        if not (count.isdecimal() and len(count) < 10 and int(count) > 0 and classes.isascii() and classes.isalnum()):
             raise UserError(f"'{source}' is not glyphs:COUNT:CLASSES, for instance glyphs:4000:ABCDEFGH")
         if len(set(classes)) < len(classes):
             raise UserError(f"the glyph classes {classes} name a letter twice")
@@ -360,8 +349,8 @@ class Glyphs:
 
 
 def draw_glyph(letter, size, rng):
-    """One letter 60 to 85 % of the side high (less if it would not fit), turned by up to 15 degrees, in one
-    colour on a ground of two. Returns uint8 (S, S, 3)."""
+    """One letter 60 to 85 % of the side high (less if it would not fit), turned by up to 15 degrees, in one colour on a
+    ground of two. Returns uint8 (S, S, 3)."""
     light = [rng.uniform(0.65, 0.95), rng.uniform(0.65, 0.95)]
     dark = [rng.uniform(0.05, 0.3), rng.uniform(0.05, 0.3)]
     ground_lumas, letter_lumas = (light, dark) if rng.random() < 0.5 else (dark, light)
@@ -427,15 +416,14 @@ def _letter_mask(letter, size, rng):
     return np.asarray(mask) / 255
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Order and batches
 
 
 class SampleOrder:
     """The order of samples of a whole run: sample s is entry s % count of epoch s // count's permutation.
 
-    Within an epoch no picture is repeated or skipped, batches straddle epochs, starting at any step is free.
-    """
+    Within an epoch no picture is repeated or skipped, batches straddle epochs, starting at any step is free."""
 
     def __init__(self, count, seed):
         self.count, self.seed, self._epoch = count, seed, None
@@ -454,17 +442,14 @@ class SampleOrder:
         return entries
 
 
-def training_batches(
-    dataset, seed, global_batch, micro_batch, rank, world, first_step, total_steps, workers=0
-):
-    """This rank's micro-batches of steps first_step (0-based) .. total_steps - 1: yields for each step a list
-    of global_batch / (micro_batch * world) times (images uint8 (b, 3, S, S), labels int64 (b,), {index of an
-    unreadable picture: reason}).
+def training_batches(dataset, seed, global_batch, micro_batch, rank, world, first_step, total_steps, workers=0):
+    """This rank's micro-batches of steps first_step (0-based) .. total_steps - 1: yields for each step a list of
+    global_batch / (micro_batch * world) times (images uint8 (b, 3, S, S), labels int64 (b,), {index of an unreadable
+    picture: reason}).
 
-    Micro-batch m of a step holds samples step * global_batch + m * micro_batch and on, whoever draws it; rank
-    r has those from m = r * accumulation. So two ranks with one micro-batch each see exactly what one rank
-    with two sees. Nothing depends on `workers`. Raises UserError where the batch sizes do not divide.
-    """
+    Micro-batch m of a step holds samples step * global_batch + m * micro_batch and on, whoever draws it; rank r has
+    those from m = r * accumulation. So two ranks with one micro-batch each see exactly what one rank with two sees.
+    Nothing depends on `workers`. Raises UserError where the batch sizes do not divide."""
     accumulation = split_batch(global_batch, micro_batch, world)
 
     def entries():
@@ -482,12 +467,12 @@ def training_batches(
 
 
 def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None, crops=1):
-    """Every picture exactly once over all ranks, a contiguous share each, the last partial batch kept: yields
-    (images uint8 (b, 3, S, S), labels int64 (b,), indices int64 (b,), {index: reason} of unreadable ones).
+    """Every picture exactly once over all ranks, a contiguous share each, the last partial batch kept: yields (images
+    uint8 (b, 3, S, S), labels int64 (b,), indices int64 (b,), {index: reason} of unreadable ones).
 
-    Unreadable pictures are left out and listed, so b may be less than `batch`, even 0. indices: these
-    pictures only (before sharing out). crops: each picture so often in a row, with the crops of epochs
-    0 .. crops - 1; `batch` counts pictures, so b is up to batch * crops.
+    Unreadable pictures are left out and listed, so b may be less than `batch`, even 0. indices: these pictures only
+    (before sharing out). crops: each picture so often in a row, with the crops of epochs 0 .. crops - 1; `batch` counts
+    pictures, so b is up to batch * crops.
     """
     share = np.array_split(np.arange(len(dataset)) if indices is None else np.asarray(indices), world)[rank]
 
@@ -499,8 +484,8 @@ def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None,
 
 
 def _loader(dataset, entries, collate, workers):
-    """Yields the batches, their arrays as tensors. Between processes they are NumPy's, through a pipe: torch's
-    go through /dev/shm, which containers keep small, and a worker that finds it full says nothing."""
+    """Yields the batches, their arrays as tensors. Between processes they are NumPy's, through a pipe: torch's go
+    through /dev/shm, which containers keep small, and a worker that finds it full says nothing."""
     pin = torch.accelerator.is_available()
     loader = DataLoader(
         dataset,
@@ -520,8 +505,8 @@ def _loader(dataset, entries, collate, workers):
 
 
 def _begin_worker(worker):
-    """Ctrl-C and a batch system's SIGTERM reach workers too: they serve on until the main process stops. One
-    that cannot send a batch ends, or the main process would wait for it."""
+    """Ctrl-C and a batch system's SIGTERM reach workers too: they serve on until the main process stops. One that
+    cannot send a batch ends, or the main process would wait for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
@@ -541,7 +526,7 @@ def _stack_readable(samples):
     return images.numpy(), labels, indices, bad
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The code cache: a folder with
 #   codes.bin      int32 (count, max(1, crops), h*w), flat
 #   labels.bin     int32 (count,): the class, or one of the two below
@@ -601,10 +586,9 @@ def _codes_shape(manifest):
 class CodeWriter:
     """Makes a code cache, or goes on with one left unfinished; any number of ranks write their rows of it.
 
-    settings: the manifest's entries: tokenizer_hash, bits, grid [h, w], size, crops (0: the centre crop),
-    seed, classes, count, source, and whatever else decides the codes. A cache made with others (`source`
-    apart: a folder may move) is refused with a UserError naming them. Rank 0 makes its writer first.
-    """
+    settings: the manifest's entries: tokenizer_hash, bits, grid [h, w], size, crops (0: the centre crop), seed,
+    classes, count, source, and whatever else decides the codes. A cache made with others (`source` apart: a folder may
+    move) is refused with a UserError naming them. Rank 0 makes its writer first."""
 
     def __init__(self, folder, settings):
         self.folder = Path(folder)
@@ -631,14 +615,10 @@ class CodeWriter:
             raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from None
         gib = 4 * np.prod(_codes_shape(self.manifest), dtype=np.float64) / 2**30
         if gib > free_gib(self.folder):
-            raise UserError(
-                f"the codes need {gib:.1f} GiB, and {self.folder} has {free_gib(self.folder):.1f} GiB free"
-            )
+            raise UserError(f"the codes need {gib:.1f} GiB, and {self.folder} has {free_gib(self.folder):.1f} GiB free")
         labels = self.folder / "labels.bin"
         if labels.is_file() and not labels.is_symlink() and (self.labels() != PENDING).any():
-            raise UserError(
-                f"{self.folder} holds codes, but no manifest.json: restore it, or give another --out"
-            )
+            raise UserError(f"{self.folder} holds codes, but no manifest.json: restore it, or give another --out")
         for name in ("codes.bin", "labels.bin"):  # new files: nothing is written through a link
             (self.folder / name).unlink(missing_ok=True)
             with open(self.folder / name, "xb") as file:
@@ -663,9 +643,8 @@ class CodeWriter:
     def write(self, indices, codes, labels):
         """Set whole rows: indices (b,), codes (b, max(1, crops), h*w), labels (b,). Integers, on the CPU.
 
-        A label follows once its codes are on the disk: no kill or power cut leaves a row that looks done and
-        is not. These are plain writes: through a memory map, a full disk ends the process without a word.
-        """
+        A label follows once its codes are on the disk: no kill or power cut leaves a row that looks done and is not.
+        These are plain writes: through a memory map, a full disk ends the process without a word."""
         self._put("codes.bin", indices, np.asarray(codes, np.int32))
         self._put("labels.bin", indices, np.asarray(labels, np.int32))
 
@@ -713,9 +692,7 @@ class CodeDataset:
         self.rows = np.flatnonzero(labels >= 0)
         self.labels = labels[self.rows]
         made_of = {name: value for name, value in self.manifest.items() if name != "source"}
-        self.identity = hashlib.sha256(
-            json.dumps(made_of, sort_keys=True).encode() + labels.tobytes()
-        ).hexdigest()
+        self.identity = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode() + labels.tobytes()).hexdigest()
         if not len(self.rows) or labels.min() < UNREADABLE or labels.max() >= len(self.classes):
             what = "names no picture, or classes that there are not: it is damaged"
             raise UserError(f"{folder}/labels.bin {what}; remove {folder} and run encode.py again")
@@ -727,8 +704,8 @@ class CodeDataset:
         return len(self.rows)
 
     def batch(self, entries, seed):
-        """b times (epoch, index), as from `SampleOrder` -> (code indices int64 (b, h*w), labels int64 (b,)).
-        Where several crops are on file, the one taken is a function of (seed, epoch, index)."""
+        """b times (epoch, index), as from `SampleOrder` -> (code indices int64 (b, h*w), labels int64 (b,)). Where
+        several crops are on file, the one taken is a function of (seed, epoch, index)."""
         crops = self.codes.shape[1]
         chosen = [
             int(np.random.default_rng([CODE_CROP, seed, epoch, index]).integers(crops)) if crops > 1 else 0
@@ -742,9 +719,8 @@ class CodeDataset:
 def open_codes(folder):
     """The complete code cache in `folder`.
 
-    Returns a dataset with `len()`, `.labels` (int64 array) and `.batch(entries, seed)` over its readable
-    pictures, `.classes` (names), `.grid` (h, w), `.manifest`; and `.codes`, the memory map int32 (count,
-    max(1, crops), h*w), in which `.rows` are the readable ones. Raises UserError where it is no cache,
-    unfinished, of a newer version, or its files are not as long as they should be. (Codes are not scanned.)
-    """
+    Returns a dataset with `len()`, `.labels` (int64 array) and `.batch(entries, seed)` over its readable pictures,
+    `.classes` (names), `.grid` (h, w), `.manifest`; and `.codes`, the memory map int32 (count, max(1, crops), h*w), in
+    which `.rows` are the readable ones. Raises UserError where it is no cache, unfinished, of a newer version, or its
+    files are not as long as they should be. (Codes are not scanned.)"""
     return CodeDataset(folder)

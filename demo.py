@@ -2,9 +2,8 @@
 
     python demo.py [FOLDER]        default folder: runs/demo
 
-Trains a tiny tokenizer on glyphs, encodes them, trains a tiny transformer, draws samples; then prints a table
-of what came out, and the two pictures to look at. Every step is a command that you can run, and change,
-yourself.
+Trains a tiny tokenizer on glyphs, encodes them, trains a tiny transformer, draws samples; then prints a table of what
+came out, and the two pictures to look at. Every step is a command that you can run, and change, yourself.
 """
 
 import json
@@ -23,8 +22,7 @@ GLYPHS = "glyphs:{}:ACEHT"
 
 def main():
     arguments = runtime.parser(
-        "The whole street on built-in pictures, in minutes on a CPU.",
-        "  python demo.py\n  python demo.py runs/mine",
+        "The whole street on built-in pictures, in minutes on a CPU.", "  python demo.py\n  python demo.py runs/mine"
     )
     arguments.add_argument("folder", nargs="?", type=Path, default="runs/demo", help="for all that it makes")
     folder = arguments.parse_args().folder

@@ -1,12 +1,11 @@
 """Turn pictures into a cache of code indices, once, so that stage II never runs the encoder.
 
-    python encode.py --tokenizer runs/tokenizer --data imagenet/train --size 256 --out codes/train
-    torchrun --nproc_per_node=8 encode.py --tokenizer 256_L --data imagenet/train --crops 10 --out codes/train
+    python encode.py --tokenizer runs/tokenizer --data imagenet/train --size 256 --out codes/train torchrun
+    --nproc_per_node=8 encode.py --tokenizer 256_L --data imagenet/train --crops 10 --out codes/train
 
-In --out: codes.bin (a row of int32 indices a crop), labels.bin, manifest.json, and tokenizer.pt, so that
-train_ar.py needs nothing else. `data.open_codes` reads it. Stopped anywhere, the same command goes on.
-Open-MAGVIT2 (arXiv 2409.04410): the transformer is trained on the indices of a frozen tokenizer.
-"""
+In --out: codes.bin (a row of int32 indices a crop), labels.bin, manifest.json, and tokenizer.pt, so that train_ar.py
+needs nothing else. `data.open_codes` reads it. Stopped anywhere, the same command goes on. Open-MAGVIT2 (arXiv
+2409.04410): the transformer is trained on the indices of a frozen tokenizer."""
 
 import hashlib
 import math
@@ -33,11 +32,7 @@ def parse(argv=None):
         "  torchrun --nproc_per_node=8 encode.py --tokenizer 256_L --data imagenet/train --out codes/train",
     )
     add = arguments.add_argument_group("pictures").add_argument
-    add(
-        "--data",
-        required=True,
-        help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in",
-    )
+    add("--data", required=True, help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in")
     add("--unlabelled", action="store_true", help="take --data's pictures at any depth, all of one class")
     add("--size", type=runtime.at_least(1), default=256, help="side of the crops, pixels")
     add(
@@ -46,17 +41,10 @@ def parse(argv=None):
         default=0,
         help="random crops a picture (a square one has but one); 0: the centre crop only",
     )
-    add(
-        "--seed",
-        type=runtime.at_least(0),
-        default=0,
-        help="of the random crops; glyphs: another seed, other pictures",
-    )
+    add("--seed", type=runtime.at_least(0), default=0, help="of the random crops; glyphs: another seed, other pictures")
     add("--workers", type=runtime.at_least(0), default=2, help="loader processes per device")
     add = arguments.add_argument_group("encoding").add_argument
-    add(
-        "--tokenizer", required=True, help="released name (256_L, 128_L), a tokenizer file, or a run's folder"
-    )
+    add("--tokenizer", required=True, help="released name (256_L, 128_L), a tokenizer file, or a run's folder")
     add("--raw", action="store_true", help="the training weights instead of their moving average (EMA)")
     add("--batch", type=runtime.at_least(1), default=64, help="crops a device at once")
     # A code is the sign of a latent, and rounding turns some: another token, not a slightly different one.
@@ -85,11 +73,7 @@ def open_writer(rt, args, tokenizer, pictures):
     if rt.main:
         writer = data.CodeWriter(args.out, settings)
         if not writer.complete:
-            content = {
-                "kind": "tokenizer",
-                "config": asdict(tokenizer.config),
-                "tokenizer": tokenizer.state_dict(),
-            }
+            content = {"kind": "tokenizer", "config": asdict(tokenizer.config), "tokenizer": tokenizer.state_dict()}
             checkpoint.write_atomically(writer.folder / "tokenizer.pt", content)
     rt.barrier()
     return writer if rt.main else data.CodeWriter(args.out, settings)
@@ -121,10 +105,7 @@ def main():
     crops = max(1, args.crops)
     at_once = max(1, args.batch // crops)  # pictures: each with all its crops, so that rows are written whole
     todo = writer.todo()
-    rt.say(
-        f"device {rt.device.type} x {rt.world}, {args.precision}, "
-        f"{len(todo)} of {len(pictures)} pictures to do"
-    )
+    rt.say(f"device {rt.device.type} x {rt.world}, {args.precision}, {len(todo)} of {len(pictures)} pictures to do")
     rt.barrier()  # all ranks share out the same list: none writes before all have read it
 
     stop, bad = runtime.StopSignal(rt), data.BadPictures(pictures)

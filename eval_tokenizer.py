@@ -4,10 +4,9 @@
     torchrun --nproc_per_node=8 eval_tokenizer.py --tokenizer 128_L --data imagenet/val --size 256        # rFID 0.34
     python eval_tokenizer.py --tokenizer runs/tokenizer --data glyphs:2000 --size 32       # own run, built-in pictures
 
-Every picture is resized and centre-cropped to --size, encoded and decoded. Out come, with the protocol behind
-them: rFID, PSNR and SSIM (each plain, and as published), LPIPS with VGG and with AlexNet, the share of the 2^K
-codes that occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above
-reconstruction).
+Every picture is resized and centre-cropped to --size, encoded and decoded. Out come, with the protocol behind them:
+rFID, PSNR and SSIM (each plain, and as published), LPIPS with VGG and with AlexNet, the share of the 2^K codes that
+occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above reconstruction).
 """
 
 import math
@@ -22,16 +21,7 @@ from losses import load_lpips
 from runtime import UserError
 from tokenizer import load_tokenizer
 
-NUMBERS = [
-    "pictures",
-    "rFID",
-    "PSNR",
-    "PSNR published",
-    "SSIM",
-    "SSIM published",
-    "LPIPS VGG",
-    "LPIPS AlexNet",
-]
+NUMBERS = ["pictures", "rFID", "PSNR", "PSNR published", "SSIM", "SSIM published", "LPIPS VGG", "LPIPS AlexNet"]
 NUMBERS += ["codebook use", "bits per pixel"]
 PUBLISHED_BATCH = 4  # the published PSNR is taken over mini-batches of so many pictures
 
@@ -58,10 +48,7 @@ def parse(argv=None):
         "weights of the metrics (left out: torch's hub cache, or downloaded)"
     ).add_argument
     add("--inception", help="file for rFID")
-    add(
-        "--lpips-vgg",
-        help="file with LPIPS's VGG weights: a released tokenizer, or a state dict of losses.LPIPS",
-    )
+    add("--lpips-vgg", help="file with LPIPS's VGG weights: a released tokenizer, or a state dict of losses.LPIPS")
     add("--lpips-alex", help="file with LPIPS's AlexNet weights: a state dict of losses.LPIPS")
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/eval", help="folder for metrics.json, config.json and reconstructions.png")
@@ -72,9 +59,9 @@ def parse(argv=None):
 
 
 def if_there(rt, load, *arguments):
-    """(what `load(*arguments)` returns, None), or on all ranks (None, the reason) where one of them cannot have
-    its weights. The last argument is the file that the user gave, if any: that one must be right, and its
-    UserError goes through."""
+    """(what `load(*arguments)` returns, None), or on all ranks (None, the reason) where one of them cannot have its
+    weights. The last argument is the file that the user gave, if any: that one must be right, and its UserError goes
+    through."""
     found = reason = None
     try:
         found = load(*arguments)
@@ -94,15 +81,15 @@ def published_original(images, rounding=False):
 
 
 def published_psnr(per_picture):
-    """PSNR of each mini-batch of 4, from its mean squared error, in dB: (N,) per picture, in order -> (ceil(N
-    / 4),). Averaged, it lies below the mean over pictures."""
+    """PSNR of each mini-batch of 4, from its mean squared error, in dB: (N,) per picture, in order -> (ceil(N / 4),).
+    Averaged, it lies below the mean over pictures."""
     errors = 10 ** (-per_picture / 10)
     return torch.stack([-10 * batch.mean().log10() for batch in errors.split(PUBLISHED_BATCH)])
 
 
 def finite_mean(values):
-    """(mean over the finite values, number of infinite ones): what is given back exactly has no PSNR to
-    average. The mean is infinite only where all are."""
+    """(mean over the finite values, number of infinite ones): what is given back exactly has no PSNR to average. The
+    mean is infinite only where all are."""
     finite = values[values.isfinite()]
     return finite.mean().item() if len(finite) else math.inf, len(values) - len(finite)
 
@@ -111,8 +98,8 @@ def finite_mean(values):
 def measure(rt, args, tokenizer, pictures, inception, perceptual):
     """Run all pictures through, every rank its share. perceptual: {name of the number: LPIPS}.
 
-    Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3,
-    S, S): up to eight originals, then their reconstructions); None on the others.
+    Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3, S, S): up
+    to eight originals, then their reconstructions); None on the others.
     """
     bad, rows, shown = data.BadPictures(pictures), [], None
     of_originals, of_rebuilt = Moments(2048), Moments(2048)
@@ -159,9 +146,7 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
         ("PSNR published", published_psnr(rows[:, 1]), f"dB, mean over mini-batches of {PUBLISHED_BATCH}"),
     ):
         numbers[name], infinite = finite_mean(values)
-        notes[name] = of + (
-            f"; {infinite} are infinite (given back exactly), not averaged" if infinite else ""
-        )
+        notes[name] = of + (f"; {infinite} are infinite (given back exactly), not averaged" if infinite else "")
     for column, name in enumerate(["SSIM", "SSIM published", *perceptual], 2):
         numbers[name] = rows[:, column].mean().item()
     numbers["codebook use"] = used / len(seen)
@@ -177,9 +162,7 @@ def main():
     pictures = data.open_pictures(args.data, args.size, train=False, labelled=False)
     tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw).to(rt.device, memory_format=rt.layout)
     if args.size % tokenizer.factor:
-        raise UserError(
-            f"--size {args.size} is not a multiple of {tokenizer.factor}, this tokenizer's factor"
-        )
+        raise UserError(f"--size {args.size} is not a multiple of {tokenizer.factor}, this tokenizer's factor")
     absent, perceptual = {}, {}
     loaded, absent["rFID"] = if_there(rt, load_inception, args.inception)
     inception, sha256 = loaded or (None, None)

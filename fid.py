@@ -1,14 +1,13 @@
-"""Frechet Inception Distance (FID) and what is reported beside it: sFID, IS, precision and recall; PSNR and
-SSIM.
+"""Frechet Inception Distance (FID) and what is reported beside it: sFID, IS, precision and recall; PSNR and SSIM.
 
     python fid.py REFERENCE SAMPLES                            # the published generation numbers (ADM's protocol)
     python fid.py REFERENCE SAMPLES --convention half-pixel    # FID as pytorch-fid computes it
     python fid.py REFERENCE --save-stats reference.npz         # measure a set once; use the file in its place
     torchrun --nproc_per_node=8 fid.py REFERENCE SAMPLES       # every device takes a share
 
-A set is a folder of pictures (any depth, all of one size), an .npz of pictures (`arr_0`, uint8, (N, H, W,
-3)), a reference file of ADM's evaluator (stored moments and pictures), or saved statistics. Out come the
-numbers and the protocol that they were made with; the convention (inception.py) is part of a number.
+A set is a folder of pictures (any depth, all of one size), an .npz of pictures (`arr_0`, uint8, (N, H, W, 3)), a
+reference file of ADM's evaluator (stored moments and pictures), or saved statistics. Out come the numbers and the
+protocol that they were made with; the convention (inception.py) is part of a number.
 
 Letters: B batch, N pictures, D features, H W pixels.
 """
@@ -38,13 +37,12 @@ from inception import (
 )
 from runtime import UserError
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Numbers from features
 
 
 def exact_device():
-    """Where float64 linear algebra runs: CUDA where there is some (other accelerators lack it), else the
-    CPU."""
+    """Where float64 linear algebra runs: CUDA where there is some (other accelerators lack it), else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -53,14 +51,13 @@ def float64(*arrays):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1
-    S2)^(1/2)).
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    mu: (D,) means; sigma: (D, D) covariances, of any rank; arrays or tensors, computed in float64. Returns a
-    float >= 0. With S1 = A A^T and S2 = B B^T the trace of the root is the sum of the singular values of A^T
-    B, which are the square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2). Nothing is squared on the way,
-    nothing is added to a diagonal, so it holds at full precision for covariances of few samples too. Raises
-    UserError for input that is not finite, or overflows.
+    mu: (D,) means; sigma: (D, D) covariances, of any rank; arrays or tensors, computed in float64. Returns a float >=
+    0. With S1 = A A^T and S2 = B B^T the trace of the root is the sum of the singular values of A^T B, which are the
+    square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2). Nothing is squared on the way, nothing is added to a
+    diagonal, so it holds at full precision for covariances of few samples too. Raises UserError for input that is not
+    finite, or overflows.
     """
     mu1, sigma1, mu2, sigma2 = float64(mu1, sigma1, mu2, sigma2)
     for array in (mu1, sigma1, mu2, sigma2):
@@ -80,9 +77,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(probabilities, split_size=5000):
     """Inception Score, (mean, standard deviation) over consecutive splits of `split_size` pictures.
 
-    probabilities: (N, classes), each row summing to one. A split's score is exp(mean over its pictures of
-    KL(p(y|x) || p(y))), p(y) the split's mean; a short last split counts as one. Pictures sorted by class
-    give a wrong, far too small score. Source: ADM's evaluator.
+    probabilities: (N, classes), each row summing to one. A split's score is exp(mean over its pictures of KL(p(y|x) ||
+    p(y))), p(y) the split's mean; a short last split counts as one. Pictures sorted by class give a wrong, far too
+    small score. Source: ADM's evaluator.
     """
     (p,) = float64(probabilities)
     scores = []
@@ -94,13 +91,11 @@ def inception_score(probabilities, split_size=5000):
 
 
 def precision_recall(reference, generated, k=3):
-    """Improved precision and recall (arXiv 1904.06991) of features (N, D) and (M, D), as two floats in [0,
-    1].
+    """Improved precision and recall (arXiv 1904.06991) of features (N, D) and (M, D), as two floats in [0, 1].
 
-    Each set's manifold is the union of balls around its points, reaching to the k-th nearest other point.
-    Precision: share of generated points in the reference's manifold; recall: the reverse. A ball holds its
-    rim. Memory stays within about 1 GiB besides the features. Raises UserError for a set of k points or
-    fewer.
+    Each set's manifold is the union of balls around its points, reaching to the k-th nearest other point. Precision:
+    share of generated points in the reference's manifold; recall: the reverse. A ball holds its rim. Memory stays
+    within about 1 GiB besides the features. Raises UserError for a set of k points or fewer.
     """
     reference, generated = float64(reference, generated)
     radii_reference, radii_generated = (neighbour_radii(points, k) for points in (reference, generated))
@@ -126,10 +121,9 @@ def neighbour_radii(points, k):
 
 
 def distance_blocks(points, others, block_numbers=2**25):
-    """Squared distances of (N, D) to (M, D), a block of rows at a time: yields (slice of rows, (n, M)
-    distances, (n, M) bound on the rounding error of comparing two such distances)."""
-    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b leaves an error of at most about D eps (|a|^2 + |b|^2) for each
-    # distance.
+    """Squared distances of (N, D) to (M, D), a block of rows at a time: yields (slice of rows, (n, M) distances, (n, M)
+    bound on the rounding error of comparing two such distances)."""
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b leaves an error of at most about D eps (|a|^2 + |b|^2) for each distance.
     norms, other_norms = points.square().sum(1), others.square().sum(1)
     relative_error = 4 * points.shape[1] * torch.finfo(points.dtype).eps
     step = max(1, block_numbers // len(others))
@@ -139,13 +133,12 @@ def distance_blocks(points, others, block_numbers=2**25):
         yield rows, torch.addmm(size, points[rows], others.T, alpha=-2), size * relative_error
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Numbers from pairs of pictures
 
 
 def psnr(images, others):
-    """Peak signal-to-noise ratio of each pair, in dB: two (B, C, H, W) uint8 -> (B,) float64; infinite where
-    equal."""
+    """Peak signal-to-noise ratio of each pair, in dB: two (B, C, H, W) uint8 -> (B,) float64; infinite where equal."""
     error = ((images.double() - others.double()) / 255).square().flatten(1).mean(1)
     return -10 * error.log10()
 
@@ -153,9 +146,8 @@ def psnr(images, others):
 def ssim(images, others):
     """Structural similarity of each pair, data range 1: two (B, C, H, W) uint8 -> (B,) float64.
 
-    Uniform 7x7 window, sample covariances, K1 = 0.01, K2 = 0.03, mean over channels and over the windows that
-    lie inside the picture; the default of scikit-image. Raises UserError for pictures smaller than the
-    window.
+    Uniform 7x7 window, sample covariances, K1 = 0.01, K2 = 0.03, mean over channels and over the windows that lie
+    inside the picture; the default of scikit-image. Raises UserError for pictures smaller than the window.
     """
     if min(images.shape[2:]) < 7:
         raise UserError(f"SSIM needs pictures of at least 7x7, not {images.shape[2]}x{images.shape[3]}")
@@ -175,15 +167,15 @@ def ssim(images, others):
     return (luminance * structure).flatten(1).mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Sums over batches and ranks
 
 
 class Moments:
     """Mean and covariance of features that arrive in batches, in float64.
 
-    Batches and ranks are merged by their means and scatters (Chan, Golub, LeVeque 1979): no large sums are
-    subtracted, so the result does not depend on how the pictures were dealt out.
+    Batches and ranks are merged by their means and scatters (Chan, Golub, LeVeque 1979): no large sums are subtracted,
+    so the result does not depend on how the pictures were dealt out.
     """
 
     def __init__(self, width):
@@ -219,8 +211,8 @@ class Moments:
 
 
 def gather_rows(rt, parts, width):
-    """All ranks' rows, in the order of ranks, as one (N, width) tensor on the main process; None on the
-    others. parts: this rank's list of (n, width) tensors, perhaps empty."""
+    """All ranks' rows, in the order of ranks, as one (N, width) tensor on the main process; None on the others. parts:
+    this rank's list of (n, width) tensors, perhaps empty."""
     rows = torch.cat([torch.zeros(0, width), *(part.cpu() for part in parts)])
     if rows.isnan().any():
         raise UserError("what was computed of the pictures is not finite: see to the weights")
@@ -232,20 +224,19 @@ def gather_rows(rt, parts, width):
 
 
 def progress(rt, dataset, batch, workers, words):
-    """This rank's batches of a dataset (see `data.evaluation_batches`), with a progress bar on the main
-    process."""
+    """This rank's batches of a dataset (see `data.evaluation_batches`), with a progress bar on the main process."""
     batches = evaluation_batches(dataset, batch, rt.rank, rt.world, workers)
     steps = math.ceil(math.ceil(len(dataset) / rt.world) / batch)
     return tqdm(batches, words, steps, disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Sets of pictures
 
 
 class FolderPictures(PictureFolder):
-    """The pictures below a folder as they are, all of one size: `pictures[epoch, index]`, as
-    `data.open_pictures` has it."""
+    """The pictures below a folder as they are, all of one size: `pictures[epoch, index]`, as `data.open_pictures` has
+    it."""
 
     shape = None  # (H, W)
 
@@ -269,8 +260,7 @@ class FolderPictures(PictureFolder):
 
 
 class NpzPictures:
-    """The pictures `arr_0` (N, H, W, 3) of an .npz, read from the disk one by one as `pictures[epoch,
-    index]`."""
+    """The pictures `arr_0` (N, H, W, 3) of an .npz, read from the disk one by one as `pictures[epoch, index]`."""
 
     def __init__(self, path):
         self.source, self.array = path, npz_array(path, "arr_0")
@@ -291,9 +281,9 @@ class NpzPictures:
 
 
 def npz_array(path, name, shape=None):
-    """An array of an .npz: a memory map where it is stored plainly (np.savez), so that ten gigabytes of
-    pictures need no memory; else (np.savez_compressed) in memory. Nothing is unpacked of one that is not of
-    `shape` (None in it: any), or that is longer than its header and deflate allow."""
+    """An array of an .npz: a memory map where it is stored plainly (np.savez), so that ten gigabytes of pictures need
+    no memory; else (np.savez_compressed) in memory. Nothing is unpacked of one that is not of `shape` (None in it:
+    any), or that is longer than its header and deflate allow."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as plain:
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as file:
@@ -329,11 +319,10 @@ STORED |= {"pool": (None, 2048), "size": (2,), "convention": (), "inception": ()
 class PictureSet:
     """What a path holds: a folder of pictures, or an .npz of pictures, of statistics, or of both.
 
-    `pictures` to measure, or None. Statistics, each None until known: `pool` and `spatial`, (mean,
-    covariance); `features` (N, 2048), on the main process; `count` of the pictures behind the moments; their
-    `shape` (H, W); the `convention` and the SHA-256 of the `inception` weights behind them. `words`: what
-    they are, for the protocol. Opening reads no picture yet, and raises UserError where the path is none of
-    these.
+    `pictures` to measure, or None. Statistics, each None until known: `pool` and `spatial`, (mean, covariance);
+    `features` (N, 2048), on the main process; `count` of the pictures behind the moments; their `shape` (H, W); the
+    `convention` and the SHA-256 of the `inception` weights behind them. `words`: what they are, for the protocol.
+    Opening reads no picture yet, and raises UserError where the path is none of these.
     """
 
     def __init__(self, rt, path):
@@ -352,9 +341,7 @@ class PictureSet:
                 wanted = [name for name in STORED if name in names or name.replace("sigma", "mu") in names]
                 self._take({name: npz_array(path, name, STORED[name]) for name in wanted})
             elif self.pictures is None:
-                raise UserError(
-                    f"{path} has neither pictures (arr_0) nor moments (mu, sigma), but {names[:9]}"
-                )
+                raise UserError(f"{path} has neither pictures (arr_0) nor moments (mu, sigma), but {names[:9]}")
 
     def _take(self, stored):
         """Statistics of this project, of ADM's reference files, or of pytorch-fid."""
@@ -376,8 +363,8 @@ class PictureSet:
             self.words.append(f"stored features of {self.count} pictures {in_words(self.shape)}")
 
     def check(self, convention, sha256):
-        """Raise UserError where the stored statistics are not of this convention and these Inception weights;
-        warn where they do not say."""
+        """Raise UserError where the stored statistics are not of this convention and these Inception weights; warn
+        where they do not say."""
         if self.pool and self.convention is None:
             self.warnings.append(
                 f"{self.path} does not say the convention of its statistics; {convention} was taken for it"
@@ -417,26 +404,21 @@ class PictureSet:
             self.words[-1] += " for precision, recall and IS"
 
     def save(self, path, convention, sha256):
-        """Write an .npz that stands in for the set: moments under ADM's names, and the pool features (8 KiB a
-        picture), which precision, recall and IS need."""
-        arrays = {
-            "mu": self.pool[0],
-            "sigma": self.pool[1],
-            "mu_s": self.spatial[0],
-            "sigma_s": self.spatial[1],
-        }
+        """Write an .npz that stands in for the set: moments under ADM's names, and the pool features (8 KiB a picture),
+        which precision, recall and IS need."""
+        arrays = {"mu": self.pool[0], "sigma": self.pool[1], "mu_s": self.spatial[0], "sigma_s": self.spatial[1]}
         arrays |= {"pool": self.features.numpy(), "size": np.array(self.shape)}
         with runtime.replacing(path) as file:
             np.savez(file, **arrays, convention=convention, inception=sha256)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
 def compare(reference, samples, classifier):
-    """All numbers of two measured `PictureSet`s: {name: value, or a sentence why there is none}, and
-    warnings. classifier: Inception's last weight matrix (1008, 2048)."""
+    """All numbers of two measured `PictureSet`s: {name: value, or a sentence why there is none}, and warnings.
+    classifier: Inception's last weight matrix (1008, 2048)."""
     numbers, warnings = {"FID": frechet_distance(*reference.pool, *samples.pool)}, []
     warnings += reference.warnings + samples.warnings
     moments_only = "not computed ({} moments only)"
@@ -491,9 +473,7 @@ def parse(argv=None):
         "  python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz\n"
         "  torchrun --nproc_per_node=8 fid.py imagenet/val samples --convention half-pixel --json fid.json",
     )
-    arguments.add_argument(
-        "reference", help="folder, .npz of pictures, ADM reference file, or saved statistics"
-    )
+    arguments.add_argument("reference", help="folder, .npz of pictures, ADM reference file, or saved statistics")
     arguments.add_argument("samples", nargs="?", help="the same; left out: --save-stats only")
     add = arguments.add_argument_group("protocol").add_argument
     add(
@@ -524,9 +504,7 @@ def main():
     reference = PictureSet(rt, args.reference)
     sets = [reference, PictureSet(rt, args.samples)] if args.samples else [reference]
     if args.save_stats and reference.pictures is None:
-        raise UserError(
-            f"{args.reference} holds no pictures, only statistics: nothing to save for --save-stats"
-        )
+        raise UserError(f"{args.reference} holds no pictures, only statistics: nothing to save for --save-stats")
     model, sha256 = load_inception(args.inception)
     for pictures in sets:
         pictures.check(args.convention, sha256)
@@ -542,8 +520,7 @@ def main():
 
     note = {"tf1": "as ADM's evaluator", "half-pixel": "FID as pytorch-fid; nobody publishes the others so"}
     protocol = {
-        name: f"{pictures.path}: {', '.join(pictures.words)}"
-        for name, pictures in zip(("reference", "samples"), sets)
+        name: f"{pictures.path}: {', '.join(pictures.words)}" for name, pictures in zip(("reference", "samples"), sets)
     }
     protocol["convention"] = f"{args.convention} ({note[args.convention]})"
     protocol["inception"] = weights_in_words(sha256)

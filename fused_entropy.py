@@ -4,8 +4,8 @@
     entropy, of_mean = codebook_entropy(total, share, eps)   # total: the halves' matrix product
     of_sample, of_codebook = gradients(z, tables, of_tables, scale)
 
-`lfq.py` calls them where `usable(z)`, between its matrix products; its plain code says what they compute. All
-sums have a fixed order. A half's table has 2^count entries, entry j for the pattern whose sign i is bit i.
+`lfq.py` calls them where `usable(z)`, between its matrix products; its plain code says what they compute. All sums have
+a fixed order. A half's table has 2^count entries, entry j for the pattern whose sign i is bit i.
 
 Letters: K bits, N tokens.
 """
@@ -62,9 +62,8 @@ def _tables(z, scale, tables, entropies, LOW: tl.constexpr, HIGH: tl.constexpr):
 def _codebook_entropy(total, share, eps, uniform, sums, of_mean, BLOCK: tl.constexpr):
     """A block of codes: its part of the entropy of mean = total * share, and the entropy's derivative.
 
-    The derivative leaves out a constant, -log(uniform), uniform = 2^-K + eps: it cancels in the gradient, as
-    a token's probabilities add up to 1. Left in, it would cost digits where assignments are soft and
-    log(mean) is nearly it."""
+    The derivative leaves out a constant, -log(uniform), uniform = 2^-K + eps: it cancels in the gradient, as a token's
+    probabilities add up to 1. Left in, it would cost digits where assignments are soft and log(mean) is nearly it."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mean = tl.load(total + place) * share
     above = mean + eps
@@ -89,9 +88,7 @@ def _half_gradients(z, scale, table, of_table, factor, of_sample, of_codebook, C
 
 
 @triton.jit
-def _gradients(
-    z, scale, tables, of_tables, factor, of_sample, of_codebook, LOW: tl.constexpr, HIGH: tl.constexpr
-):
+def _gradients(z, scale, tables, of_tables, factor, of_sample, of_codebook, LOW: tl.constexpr, HIGH: tl.constexpr):
     """A token's gradients; a program a token."""
     token = tl.program_id(0).to(tl.int64)
     place, tables_place = token * (LOW + HIGH), token * (2**LOW + 2**HIGH)
@@ -104,8 +101,8 @@ def _gradients(
 
 
 def tables_of(z, scale):
-    """Probabilities of the low bits' sign patterns, then of the high ones', (N, 2^(K//2) + 2^(K - K//2)); and
-    each token's entropy, (N,). z (N, K), contiguous."""
+    """Probabilities of the low bits' sign patterns, then of the high ones', (N, 2^(K//2) + 2^(K - K//2)); and each
+    token's entropy, (N,). z (N, K), contiguous."""
     (tokens, bits), low = z.shape, z.shape[1] // 2
     tables, entropies = z.new_empty((tokens, 2**low + 2 ** (bits - low))), z.new_empty(tokens)
     with torch.cuda.device(z.device):
@@ -114,8 +111,7 @@ def tables_of(z, scale):
 
 
 def codebook_entropy(total, share, eps):
-    """-sum(mean log(mean + eps)) of mean = total * share (2^K numbers); and its derivative, but for a
-    constant."""
+    """-sum(mean log(mean + eps)) of mean = total * share (2^K numbers); and its derivative, but for a constant."""
     codes, block = total.numel(), min(BLOCK, total.numel())
     sums, of_mean = total.new_empty(codes // block), torch.empty_like(total)
     with torch.cuda.device(total.device):
@@ -124,8 +120,8 @@ def codebook_entropy(total, share, eps):
 
 
 def gradients(z, tables, of_tables, scale):
-    """Gradients by z of the mean sample entropy and of the codebook entropy, from of_tables, the products of
-    `of_mean` with the tables."""
+    """Gradients by z of the mean sample entropy and of the codebook entropy, from of_tables, the products of `of_mean`
+    with the tables."""
     (tokens, bits), low = z.shape, z.shape[1] // 2
     of_sample, of_codebook = torch.empty_like(z), torch.empty_like(z)
     with torch.cuda.device(z.device):

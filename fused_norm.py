@@ -2,13 +2,12 @@
 
     y = norm_silu(x, scale, bias)        # tokenizer.py calls it where `usable(x)`; elsewhere silu(group_norm(x))
 
-Under autocast torch's GroupNorm reads and writes float32 and wants NCHW, while the fast convolutions want
-bf16 and channels last. These Triton kernels take channels last in the input's own type and compute in
-float32: forward two reads and a write, backward two reads of x and of the gradient and a write. Two values a
-channel and image are kept for the backward pass, besides x.
+Under autocast torch's GroupNorm reads and writes float32 and wants NCHW, while the fast convolutions want bf16 and
+channels last. These Triton kernels take channels last in the input's own type and compute in float32: forward two reads
+and a write, backward two reads of x and of the gradient and a write. Two values a channel and image are kept for the
+backward pass, besides x.
 
-Letters: B batch, C channels, P pixels, G groups. A program works on one chunk of one image's pixels.
-"""
+Letters: B batch, C channels, P pixels, G groups. A program works on one chunk of one image's pixels."""
 
 import torch
 import triton
@@ -20,8 +19,7 @@ TILE, WARPS, PROGRAMS = 2048, 8, 1024  # numbers a program takes at once, its wa
 
 
 def usable(x):
-    """True for what the kernels take: a GPU, channels last, a number of channels that is a power of 2 (from
-    32)."""
+    """True for what the kernels take: a GPU, channels last, a number of channels that is a power of 2 (from 32)."""
     channels = x.shape[1]
     return (
         ENABLED
@@ -35,8 +33,8 @@ def usable(x):
 
 @triton.jit
 def _sum_channels(x, sums, pixels, chunk, C: tl.constexpr, ROWS: tl.constexpr):
-    """Sums of x and of x^2 over this chunk's pixels, both of x less its first pixel's value, so that a large
-    mean costs no digits."""
+    """Sums of x and of x^2 over this chunk's pixels, both of x less its first pixel's value, so that a large mean costs
+    no digits."""
     number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, C)
     x += image * pixels * C
@@ -78,9 +76,7 @@ def _group_sum(value, C: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _statistics(
-    x, sums, stats, pixels, chunks, eps, C: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr
-):
+def _statistics(x, sums, stats, pixels, chunks, eps, C: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr):
     """Mean and 1 / deviation of each channel's group, (B, 2, C), from the chunks' sums."""
     image = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, C)
@@ -130,18 +126,7 @@ def _gradient_of_norm(x, dy, mean, inverse, scale, offset, SILU: tl.constexpr):
 
 @triton.jit
 def _sum_gradients(
-    x,
-    dy,
-    stats,
-    scale,
-    bias,
-    stride,
-    sums,
-    pixels,
-    chunk,
-    SILU: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, dy, stats, scale, bias, stride, sums, pixels, chunk, SILU: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
 ):
     """The chunk's gradients of bias and of scale."""
     number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -170,19 +155,10 @@ def _sum_gradients(
 
 @triton.jit
 def _group_gradients(
-    sums,
-    scale,
-    stride,
-    grads,
-    means,
-    pixels,
-    chunks,
-    C: tl.constexpr,
-    GROUP: tl.constexpr,
-    MANY: tl.constexpr,
+    sums, scale, stride, grads, means, pixels, chunks, C: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr
 ):
-    """Each image's gradients of bias and scale, (B, 2, C); and, (B, 2, C), what backward subtracts: the
-    group's means of the gradient and of gradient times normalized x."""
+    """Each image's gradients of bias and scale, (B, 2, C); and, (B, 2, C), what backward subtracts: the group's means
+    of the gradient and of gradient times normalized x."""
     image = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, C)
     of_bias, of_scale = _load_sums(sums, image, chunks, C, MANY)
@@ -246,9 +222,7 @@ class _NormSilu(torch.autograd.Function):
         with torch.cuda.device(x.device):
             _sum_channels[grid](x, sums, pixels, chunk, channels, rows, num_warps=WARPS)
             _statistics[(batch,)](x, sums, stats, pixels, chunks, EPS, channels, group, many)
-            _normalize[grid](
-                x, stats, scale, bias, stride, y, pixels, chunk, activate, channels, rows, num_warps=WARPS
-            )
+            _normalize[grid](x, stats, scale, bias, stride, y, pixels, chunk, activate, channels, rows, num_warps=WARPS)
         ctx.save_for_backward(x, scale, bias, stats)
         ctx.activate = activate
         ctx.set_materialize_grads(False)  # where x went nowhere else, its second gradient stays None
@@ -268,23 +242,9 @@ class _NormSilu(torch.autograd.Function):
         group, many = channels // GROUPS, max(1, 2048 // channels)
         with torch.cuda.device(x.device):
             _sum_gradients[grid](
-                x,
-                dy,
-                stats,
-                scale,
-                bias,
-                stride,
-                sums,
-                pixels,
-                chunk,
-                ctx.activate,
-                channels,
-                rows,
-                num_warps=WARPS,
+                x, dy, stats, scale, bias, stride, sums, pixels, chunk, ctx.activate, channels, rows, num_warps=WARPS
             )
-            _group_gradients[(batch,)](
-                sums, scale, stride, grads, means, pixels, chunks, channels, group, many
-            )
+            _group_gradients[(batch,)](sums, scale, stride, grads, means, pixels, chunks, channels, group, many)
             _gradient_of_x[grid](
                 x, dy, dy if skip is None else skip, stats, scale, bias, stride, means, dx, pixels, chunk,
                 ctx.activate, skip is not None, channels, rows, num_warps=WARPS,
@@ -298,7 +258,6 @@ class _NormSilu(torch.autograd.Function):
 def norm_silu(x, scale, bias, activate=True):
     """silu(group_norm(x) * scale + bias) in 32 groups, and x itself: (B, C, H, W) channels last -> two of it.
 
-    scale, bias: (C,), or (B, C) for an adaptive norm. activate: False leaves SiLU out. Take x from here where
-    it also goes around the norm (a residual): its two gradients are then added in the same pass.
-    """
+    scale, bias: (C,), or (B, C) for an adaptive norm. activate: False leaves SiLU out. Take x from here where it also
+    goes around the norm (a residual): its two gradients are then added in the same pass."""
     return _NormSilu.apply(x, scale.contiguous(), bias.contiguous(), activate)

@@ -2,14 +2,14 @@
 
     indices = decoder_for(model, images, guide, options, dtype).generate(labels, uniforms, tokens)
 
-`ARTransformer.generate` uses it where `usable(model)`; what it computes is `ARTransformer._token_step`, and
-the tests hold the one against the other. A step of a few hundred small operations is bound by their launches:
-captured once, the graph is launched whole, for any position, since the position is a number in the GPU's
-memory. Weights are kept once more in the type that computes (half precision under autocast), w1 and w3 in one
-matrix. The residual stream stays in float32.
+`ARTransformer.generate` uses it where `usable(model)`; what it computes is `ARTransformer._token_step`, and the tests
+hold the one against the other. A step of a few hundred small operations is bound by their launches: captured once, the
+graph is launched whole, for any position, since the position is a number in the GPU's memory. Weights are kept once
+more in the type that computes (half precision under autocast), w1 and w3 in one matrix. The residual stream stays in
+float32.
 
-Letters: B images, rows B, or 2 B with guidance (the images' classes, then as many null classes), d width, H
-heads, D head width, N tokens.
+Letters: B images, rows B, or 2 B with guidance (the images' classes, then as many null classes), d width, H heads, D
+head width, N tokens.
 """
 
 import weakref
@@ -74,12 +74,10 @@ def _attend(
     qkv, rotary, keys, values, position, y, table, length, scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rotate this position's query and key, put key and value into the cache, attend to positions 0..this
-    one.
+    """Rotate this position's query and key, put key and value into the cache, attend to positions 0..this one.
 
-    qkv (rows, 3 H D); rotary (2, table, D/2); keys, values (rows, H, length, D), of a key the even entries
-    before the odd ones; y (rows, H D). A program a row and head; softmax on the way, as blocks of the cache
-    come in.
+    qkv (rows, 3 H D); rotary (2, table, D/2); keys, values (rows, H, length, D), of a key the even entries before the
+    odd ones; y (rows, H D). A program a row and head; softmax on the way, as blocks of the cache come in.
     """
     row, head = tl.program_id(0), tl.program_id(1)
     here = tl.load(position)
@@ -123,8 +121,8 @@ def _draw(
 ):  # fmt: skip
     """Guidance, temperature and the draw by inverse CDF, in float64, as `ar_model.draw`; a program an image.
 
-    logits (rows, V); uniforms (B, N, 2); the sub-token goes to drawn (2, B, N). The next input of the image's
-    rows goes to x (rows, d): after pre its embedding, after post the sum of both.
+    logits (rows, V); uniforms (B, N, 2); the sub-token goes to drawn (2, B, N). The next input of the image's rows goes
+    to x (rows, d): after pre its embedding, after post the sum of both.
     """
     image = tl.program_id(0)
     here = tl.load(position)
@@ -137,9 +135,7 @@ def _draw(
     likelihood = tl.exp(value - tl.max(value))
     likelihood = likelihood / tl.sum(likelihood)
     cumulative = tl.where(likelihood > 0, tl.cumsum(likelihood), 0.0)
-    passes = (cumulative > tl.load(uniforms + (image * length + here) * 2 + PART)) | (
-        cumulative == tl.max(cumulative)
-    )
+    passes = (cumulative > tl.load(uniforms + (image * length + here) * 2 + PART)) | (cumulative == tl.max(cumulative))
     found = tl.min(tl.where(passes, v, V))
     tl.store(drawn + (PART * images + image) * length + here, found)
     i = tl.arange(0, BLOCK)
@@ -156,11 +152,9 @@ def _draw(
 
 
 class Decoder:
-    """The graph of one token step for a fixed number of images and fixed options, with the memory that it
-    works on.
+    """The graph of one token step for a fixed number of images and fixed options, with the memory that it works on.
 
-    options: (guidance scale or None, temperature, top-k, top-p) of each sub-token; None is no null branch.
-    """
+    options: (guidance scale or None, temperature, top-k, top-p) of each sub-token; None is no null branch."""
 
     def __init__(self, model, images, guide, options, dtype):
         device = model.norm.weight.device
@@ -172,11 +166,7 @@ class Decoder:
         )
         self.norm, self.head, config = model.norm, model.head, model.config
         self.images, self.guide, self.options, self.dtype = images, guide, options, dtype
-        self.rows, self.length, self.bits = (
-            images * (2 if guide else 1),
-            config.grid**2,
-            config.factorized_bits,
-        )
+        self.rows, self.length, self.bits = (images * (2 if guide else 1), config.grid**2, config.factorized_bits)
 
         def empty(*shape, dtype=dtype):
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -202,8 +192,7 @@ class Decoder:
         ffn, attention = block.feed_forward, block.attention
         both = torch.cat([ffn.w1.weight, ffn.w3.weight])
         matrices = [
-            w.detach().to(self.dtype).clone()
-            for w in (attention.wqkv.weight, attention.wo.weight, both, ffn.w2.weight)
+            w.detach().to(self.dtype).clone() for w in (attention.wqkv.weight, attention.wo.weight, both, ffn.w2.weight)
         ]
         return [block.attention_norm.weight.float(), block.ffn_norm.weight.float(), *matrices]
 
@@ -224,9 +213,7 @@ class Decoder:
         if rows > 128 or N > 1024 or N % 32 or K % 256:
             return F.linear(x, weight)[None]
         y = torch.empty((4, rows, N), dtype=torch.float32, device=x.device)
-        _share[(N // 32, 4)](
-            x, weight, y, rows, N, K, 4, 128, 32, 64, self.precision, num_warps=8, num_stages=4
-        )
+        _share[(N // 32, 4)](x, weight, y, rows, N, K, 4, 128, 32, 64, self.precision, num_warps=8, num_stages=4)
         return y
 
     def _block(self, x, delta, weights, cache, position):
@@ -261,11 +248,7 @@ class Decoder:
         if top_k or top_p < 1:  # the filters sort: torch's own kernels, and then a draw without guidance
             logits = logits.float()
             logits = ar_model.guided(*logits.chunk(2), scale) if guide else logits
-            logits, temperature, guide = (
-                ar_model.filter_logits(logits / temperature, top_k, top_p),
-                1.0,
-                False,
-            )
+            logits, temperature, guide = (ar_model.filter_logits(logits / temperature, top_k, top_p), 1.0, False)
         width = self.x.shape[1]
         _draw[(self.images,)](
             logits, self.uniforms, self.position, self.drawn, *self.embeddings, self.x, self.images, self.length, width,

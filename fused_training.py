@@ -4,10 +4,10 @@
     mixed = attend(qkv, rotary, heads)                    # turn queries and keys, attend causally
     y = gate(h)                                           # silu of one half times the other
 
-`ar_model.py` calls them where `usable(...)`; the plain code stands beside each call. As separate operations
-the residual stream and the packed queries, keys and values would go through memory several times. Dropout
-draws from Philox by (seed, place), and the backward pass draws it again instead of reading it. Sums are in
-float32. As `triton_op`s they are seen through by torch.compile, whose code starts them faster than Python.
+`ar_model.py` calls them where `usable(...)`; the plain code stands beside each call. As separate operations the
+residual stream and the packed queries, keys and values would go through memory several times. Dropout draws from Philox
+by (seed, place), and the backward pass draws it again instead of reading it. Sums are in float32. As `triton_op`s they
+are seen through by torch.compile, whose code starts them faster than Python.
 
 Letters: rows the sequences, N tokens, d width, H heads, D head width.
 """
@@ -23,20 +23,19 @@ BLOCK = 64  # queries and keys that attention takes at once
 
 
 def usable(x, head_width=None):
-    """True for what the kernels take: a GPU, float32 or half precision; and in attention a head width of 16,
-    32, 64, or in half precision 128 (more fits no GPU's registers)."""
+    """True for what the kernels take: a GPU, float32 or half precision; and in attention a head width of 16, 32, 64, or
+    in half precision 128 (more fits no GPU's registers)."""
     fits = head_width is None or (head_width in (16, 32, 64, 128) and head_width * x.element_size() <= 256)
     return ENABLED and x.is_cuda and x.dtype != torch.float64 and fits
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Residual stream, dropout, norm
 
 
 @triton.jit
 def _kept(seed, row, width, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
-    """0 where dropout takes a number of this row, else 1 / (1 - dropout): (BLOCK,). One Philox call makes
-    four."""
+    """0 where dropout takes a number of this row, else 1 / (1 - dropout): (BLOCK,). One Philox call makes four."""
     group = row.to(tl.int32) * (width // 4) + tl.arange(0, BLOCK // 4)
     a, b, c, d = tl.randint4x(seed, group)
     bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [BLOCK])
@@ -72,8 +71,8 @@ def _add_norm_backward(
     dy, dtotal, total, weight, inverse, seed, dx, dadded, dweight, rows, width, share,
     ADDS: tl.constexpr, DROPS: tl.constexpr, PAST: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, of added and, this program's part, of weight; a program `share` rows. dtotal, where
-    PAST: the gradient that reaches the sum past the norm."""
+    """Gradients of x, of added and, this program's part, of weight; a program `share` rows. dtotal, where PAST: the
+    gradient that reaches the sum past the norm."""
     i = tl.arange(0, BLOCK)
     mask = i < width
     factor = tl.load(weight + i, mask, 0.0).to(tl.float32)
@@ -155,8 +154,7 @@ torch.library.register_autograd("nanomagvit2::add_norm", _gradients_add_norm, se
 def add_norm(x, added, weight, dropout):
     """(x + dropout(added), its RMSNorm in the type that products are computed in), both (..., d).
 
-    added None: nothing is added. dropout: 0 for none; otherwise torch's generator of the device gives a seed.
-    """
+    added None: nothing is added. dropout: 0 for none; otherwise torch's generator of the device gives a seed."""
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     seed = None
     if added is not None and dropout > 0:
@@ -167,7 +165,7 @@ def add_norm(x, added, weight, dropout):
     return x if added is None else total, y
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Feed-forward
 
 
@@ -223,7 +221,7 @@ def gate(h):
     return torch.ops.nanomagvit2.gate(h.contiguous())
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Attention
 
 
@@ -262,11 +260,11 @@ def _attend(
     turned, qkv, mixed, logsum, tokens, SCALE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head: softmax(q k^T scale) v over the keys up to each query; and, base 2, the
-    softmax's log-sum for the backward pass.
+    """A block of queries of one head: softmax(q k^T scale) v over the keys up to each query; and, base 2, the softmax's
+    log-sum for the backward pass.
 
-    turned (rows, N, 2, H, D): queries and keys; qkv (rows, N, 3, H, D): for the values; mixed (rows, N, H,
-    D); logsum (rows, H, N)."""
+    turned (rows, N, 2, H, D): queries and keys; qkv (rows, N, 3, H, D): for the values; mixed (rows, N, H, D); logsum
+    (rows, H, N)."""
     block, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     d, k = tl.arange(0, D), tl.arange(0, BLOCK)
     turned += row * tokens * 2 * H * D + head * D
@@ -294,15 +292,12 @@ def _attend(
 
 @triton.jit
 def _sum_products(mixed, dmixed, sums, tokens, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """mixed . dmixed, which the softmax's gradient subtracts: (rows, N, H, D) -> (rows, H, N); a program a
-    token."""
+    """mixed . dmixed, which the softmax's gradient subtracts: (rows, N, H, D) -> (rows, H, N); a program a token."""
     token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h, i = tl.arange(0, BLOCK), tl.arange(0, D)
     place = (row * tokens + token) * H * D + h[:, None] * D + i[None, :]
     mask = (h < H)[:, None]
-    product = tl.load(mixed + place, mask, 0.0).to(tl.float32) * tl.load(dmixed + place, mask, 0.0).to(
-        tl.float32
-    )
+    product = tl.load(mixed + place, mask, 0.0).to(tl.float32) * tl.load(dmixed + place, mask, 0.0).to(tl.float32)
     tl.store(sums + (row * H + h) * tokens + token, tl.sum(product, 1), h < H)
 
 
@@ -311,9 +306,8 @@ def _attend_backward(
     turned, qkv, rotary, dmixed, logsum, sums, dqkv, tokens, SCALE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block of a head's tokens: of its keys and values, from the queries from here on; then
-    of its queries, from the keys up to here. So all programs have equally many pairs of blocks to go
-    through."""
+    """Gradients of one block of a head's tokens: of its keys and values, from the queries from here on; then of its
+    queries, from the keys up to here. So all programs have equally many pairs of blocks to go through."""
     block, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     d, k = tl.arange(0, D), tl.arange(0, BLOCK)
     turned += row * tokens * 2 * H * D + head * D

@@ -1,11 +1,9 @@
-"""The Inception network behind FID, sFID, IS, precision and recall: TensorFlow's of 2015-12-05, ported to
-PyTorch.
+"""The Inception network behind FID, sFID, IS, precision and recall: TensorFlow's of 2015-12-05, ported to PyTorch.
 
     model, sha256 = load_inception()                            # the weights that the field uses, downloaded once
     pool, spatial, logits = model(pictures, "tf1")              # uint8 (B, 3, H, W), any size
 
-The same network sees pictures in one of two ways, which move FID by tenths, so the convention is part of any
-number:
+The same network sees pictures in one of two ways, which move FID by tenths, so the convention is part of any number:
 
 - "tf1": as ADM's evaluator and torch-fidelity. All generation numbers of the paper.
 - "half-pixel": as pytorch-fid. The paper's rFID.
@@ -27,7 +25,7 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the last word is the 
 INCEPTION_ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 CONVENTIONS = ("tf1", "half-pixel")
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The network. Module names are those of the released file.
 
 
@@ -61,9 +59,8 @@ def halving_pool(x):
 class Mixed(nn.Module):
     """Parallel branches whose outputs are concatenated: (B, C_in, h, w) -> (B, .width, h, w), or h, w halved.
 
-    branches: name -> list of (width, kernel) steps, or (width, kernel, 2) for a halving one; a list of two
-    steps in place of one forks the branch. The steps of `branch_pool` follow `pool`; without steps the pool's
-    output is taken.
+    branches: name -> list of (width, kernel) steps, or (width, kernel, 2) for a halving one; a list of two steps in
+    place of one forks the branch. The steps of `branch_pool` follow `pool`; without steps the pool's output is taken.
     """
 
     def __init__(self, c_in, pool, branches):
@@ -142,13 +139,12 @@ MIXED = {
 class InceptionV3(nn.Module):
     """The network behind FID, sFID, IS, precision and recall, frozen. Entries are those of `INCEPTION_FILE`.
 
-    Called on pictures (B, 3, H, W), any size, and a convention. "tf1" takes uint8; "half-pixel" takes uint8
-    or floats in [0, 1]. Returns float32
+    Called on pictures (B, 3, H, W), any size, and a convention. "tf1" takes uint8; "half-pixel" takes uint8 or floats
+    in [0, 1]. Returns float32
     - `pool` (B, 2048): mean over the last 8x8 map; FID, precision and recall;
     - `spatial` (B, 2023): the first 7 channels of Mixed_6d.branch1x1, 17x17, flattened channels-last; sFID;
     - `logits` (B, 1008): without the last layer's bias, as ADM's evaluator has it; IS.
-    Always float32 without TF32 and without autocast. Raises ValueError for other input.
-    """
+    Always float32 without TF32 and without autocast. Raises ValueError for other input."""
 
     def __init__(self):
         super().__init__()
@@ -180,8 +176,7 @@ class InceptionV3(nn.Module):
 
 
 def network_input(pictures, convention):
-    """Pictures (B, 3, H, W) to what the network eats, (B, 3, 299, 299) in [-1, 1], by the named
-    convention."""
+    """Pictures (B, 3, H, W) to what the network eats, (B, 3, 299, 299) in [-1, 1], by the named convention."""
     if convention == "tf1":
         if pictures.dtype != torch.uint8:
             raise ValueError(f'the "tf1" convention takes uint8 pictures, not {pictures.dtype}')
@@ -209,11 +204,9 @@ def resize_tf1(x, size):
 
 
 def load_inception(path=None):
-    """(InceptionV3 with weights, SHA-256 of the file) from `path`, or from torch's hub cache, downloaded
-    once.
+    """(InceptionV3 with weights, SHA-256 of the file) from `path`, or from torch's hub cache, downloaded once.
 
-    Raises UserError where there is no such file, no network to fetch it, or the file is another network's.
-    """
+    Raises UserError where there is no such file, no network to fetch it, or the file is another network's."""
     path = Path(path) if path else checkpoint.download(INCEPTION_ADDRESS)
     entries, model = checkpoint.entries_of(checkpoint.read_weights(path), path), InceptionV3()
     checkpoint.match(entries, model.state_dict(), path, f"the Inception network ({INCEPTION_FILE})")

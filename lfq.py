@@ -1,7 +1,7 @@
 """Lookup-free quantization (LFQ): a codebook of 2^K codes without a table.
 
-Open-MAGVIT2 (arXiv 2409.04410), the quantizer of MAGVIT-v2 (arXiv 2310.05737): a latent of K channels is
-quantized by sign, so a pixel's K signs are its code and, read as bits, its index in 0..2^K-1.
+Open-MAGVIT2 (arXiv 2409.04410), the quantizer of MAGVIT-v2 (arXiv 2310.05737): a latent of K channels is quantized by
+sign, so a pixel's K signs are its code and, read as bits, its index in 0..2^K-1.
 
     quantized, indices, losses = LFQ(bits=18)(z)        # z (B, K, h, w)
     codes = indices_to_codes(indices, bits=18)          # (B, h, w) -> (B, h, w, K) in {-1, +1}
@@ -60,9 +60,8 @@ def merge_indices(sub_indices, factorized_bits=(6, 12)):
 
 @functools.lru_cache
 def _patterns(bits, device, dtype):
-    """Which of the 2 K numbers (log p_i, then log q_i) add up to the logarithm of each half's each sign
-    pattern: zeros and ones, (2 K, 2^(K//2) + 2^(K - K//2)), first the low bits' patterns; pattern j's sign i
-    is bit i."""
+    """Which of the 2 K numbers (log p_i, then log q_i) add up to the logarithm of each half's each sign pattern: zeros
+    and ones, (2 K, 2^(K//2) + 2^(K - K//2)), first the low bits' patterns; pattern j's sign i is bit i."""
     halves = []
     for count in (bits // 2, bits - bits // 2):
         positive = torch.arange(2**count, device=device) >> torch.arange(count, device=device)[:, None] & 1
@@ -72,8 +71,8 @@ def _patterns(bits, device, dtype):
 
 
 class _EntropyTerms(torch.autograd.Function):
-    """`entropy_terms` of z (N, K), with p_i = sigmoid(scale * z_i). The gradients are made with the terms:
-    two tensors of z's size are all that has to wait for the backward pass."""
+    """`entropy_terms` of z (N, K), with p_i = sigmoid(scale * z_i). The gradients are made with the terms: two tensors
+    of z's size are all that has to wait for the backward pass."""
 
     @staticmethod
     def forward(ctx, z, scale, eps, global_batch):
@@ -92,10 +91,9 @@ class _EntropyTerms(torch.autograd.Function):
 def _terms(z, scale, eps, global_batch):
     """(sample and codebook entropy), (gradient of each).
 
-    By hand because it is short and few operations are fast ones: the tables of both halves' sign patterns are
-    one matrix product of logarithms, the mean assignment another, (2^(K - K//2), 2^(K//2)), high half by low
-    half; and nothing of size 2^K * N is ever made. Without TF32: reduced precision here moves the codebook
-    gradient by percents.
+    By hand because it is short and few operations are fast ones: the tables of both halves' sign patterns are one
+    matrix product of logarithms, the mean assignment another, (2^(K - K//2), 2^(K//2)), high half by low half; and
+    nothing of size 2^K * N is ever made. Without TF32: reduced precision here moves the codebook gradient by percents.
     """
     tokens, bits = z.shape
     with exact_float32(z.device):
@@ -114,9 +112,9 @@ def _terms(z, scale, eps, global_batch):
         log = above.log()
         codebook_entropy = -(mean * log).sum()
 
-        # Backwards, from the mean to the tables' logarithms, log p and log q, and the logits. Every process
-        # of a global batch has the same of_mean, of which 1/world is its share: the mean of all gradients
-        # over processes brings that.
+        # Backwards, from the mean to the tables' logarithms, log p and log q, and the logits. Every process of a global
+        # batch has the same of_mean, of which 1/world is its share: the mean of all gradients over processes brings
+        # that.
         of_mean = -torch.addcdiv(log, mean, above)
         of_tables = torch.cat([high @ of_mean, low @ of_mean.T], 1).mul_(tables)
         of_log_p, of_log_q = (of_tables @ patterns.T).split(bits, 1)
@@ -147,20 +145,18 @@ def _fused_terms(z, scale, eps, global_batch):
 def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     """Entropy of the soft assignment of tokens to all 2^K codes, without the (N, 2^K) table.
 
-    The assignment of a token is softmax over codes c of 2 z.c / temperature. It factorises over bits: bit i
-    is +1 with probability p_i = sigmoid(4 z_i / temperature), independently. So a token's entropy is the sum
-    of K binary entropies, and the mean assignment over tokens is one matrix product of two halves' tables,
-    (2^K/2, N) x (N, 2^K/2).
+    The assignment of a token is softmax over codes c of 2 z.c / temperature. It factorises over bits: bit i is +1 with
+    probability p_i = sigmoid(4 z_i / temperature), independently. So a token's entropy is the sum of K binary
+    entropies, and the mean assignment over tokens is one matrix product of two halves' tables, (2^K/2, N) x (N, 2^K/2).
 
-    z: (N, K) latents; computed in float64 on a CPU, which has it at hand, and elsewhere in float32 at least,
-    whatever autocast says. (In float32 the gradient of their difference is off by up to percents where tokens
-    are few.) Returns two scalars of that type, in nats: `sample_entropy`, mean over tokens;
-    `codebook_entropy`, -sum_c pbar_c log(pbar_c + eps) of the mean assignment pbar (with eps = 1e-5 it tops
-    out at 11.19, not 12.48, for K = 18: as published).
+    z: (N, K) latents; computed in float64 on a CPU, which has it at hand, and elsewhere in float32 at least, whatever
+    autocast says. (In float32 the gradient of their difference is off by up to percents where tokens are few.) Returns
+    two scalars of that type, in nats: `sample_entropy`, mean over tokens; `codebook_entropy`, -sum_c pbar_c log(pbar_c
+    + eps) of the mean assignment pbar (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18: as published).
 
-    global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally
-    many. The gradient is then right once it is averaged over processes, as training does: that average
-    is the gradient of one process that holds all the tokens.
+    global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally many. The
+    gradient is then right once it is averaged over processes, as training does: that average is the gradient of one
+    process that holds all the tokens.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float64 if z.device.type == "cpu" else torch.float32))
     return _EntropyTerms.apply(z, 4 / temperature, eps, global_batch and dist.is_initialized())
@@ -174,8 +170,7 @@ class LFQ(nn.Module):
     - `indices` (B, h, w) int64, little-endian;
     - `losses`: scalars `sample_entropy`, `codebook_entropy`, `entropy` (their difference) and `commitment`
       (mean of (z - sign)^2, target detached). All zero in eval mode.
-    `global_batch`, off unless set: codebook entropy of all processes' tokens, see `entropy_terms`.
-    """
+    `global_batch`, off unless set: codebook entropy of all processes' tokens, see `entropy_terms`."""
 
     def __init__(self, bits=18, temperature=0.01, eps=1e-5):
         super().__init__()

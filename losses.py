@@ -1,11 +1,9 @@
-"""Stage I's objective (Open-MAGVIT2, arXiv 2409.04410): LPIPS, the PatchGAN discriminator, LeCAM, the two
-losses.
+"""Stage I's objective (Open-MAGVIT2, arXiv 2409.04410): LPIPS, the PatchGAN discriminator, LeCAM, the two losses.
 
     generator      mean(|x - y| + LPIPS(x, y)) + 0.1 * GAN + 0.1 * entropy + 0.25 * commitment
     discriminator  hinge(D(x), D(y)) + w * LeCAM          w = 0.05 at 256, 0.01 at 128
 
-x image, y unclamped reconstruction, both (B, 3, H, W) in [-1, 1]. All terms from the first step on.
-"""
+x image, y unclamped reconstruction, both (B, 3, H, W) in [-1, 1]. All terms from the first step on."""
 
 import torch
 from torch import nn
@@ -15,11 +13,10 @@ from checkpoint import download, entries_of, match, read_weights
 from runtime import UserError
 from tokenizer import fast_layout
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # LPIPS (arXiv 1801.03924), version 0.1
 
-# Convolutions up to each tap: (input channels, output channels, kernel, stride, padding); "pool" between
-# them.
+# Convolutions up to each tap: (input channels, output channels, kernel, stride, padding); "pool" between them.
 _POOL_VGG, _POOL_ALEX = ("pool", 2, 2), ("pool", 3, 2)
 
 
@@ -54,8 +51,7 @@ HEADS = {
 
 
 class _Slices(nn.Module):
-    """A backbone cut at its taps; layers keep their numbers in torchvision's `features`, as the released
-    files do."""
+    """A backbone cut at its taps; layers keep their numbers in torchvision's `features`, as the released files do."""
 
     def __init__(self, slices):
         super().__init__()
@@ -98,16 +94,15 @@ class _Head(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        # Released weights: the entry is `model.1`, behind a dropout that is off whenever LPIPS is used as a
-        # loss.
+        # Released weights: the entry is `model.1`, behind a dropout that is off whenever LPIPS is used as a loss.
         self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
 
 
 class LPIPS(nn.Module):
     """Perceptual distance of two pictures (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1), 0 for equal ones. Frozen.
 
-    network: "vgg" (stage I's loss) or "alex" (the usual choice for evaluation). The weights are random until
-    loaded: see `load_lpips`.
+    network: "vgg" (stage I's loss) or "alex" (the usual choice for evaluation). The weights are random until loaded:
+    see `load_lpips`.
     """
 
     def __init__(self, network="vgg"):
@@ -128,8 +123,7 @@ class LPIPS(nn.Module):
         return self.net(fast_layout(self.scaling_layer(x)))
 
     def forward(self, x, y):
-        # No gradient is ever wanted for the original's features: they cost neither memory nor a backward
-        # pass.
+        # No gradient is ever wanted for the original's features: they cost neither memory nor a backward pass.
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             ours = self.features(x)
         distance = 0
@@ -139,8 +133,8 @@ class LPIPS(nn.Module):
 
 
 def tap_distance(a, b, weight):
-    """Distance of two taps (B, C, h, w), weight (1, C, 1, 1) -> (B, 1, 1, 1): unit length over channels,
-    squared difference, weighted sum over channels, mean over pixels; in float32 whatever the taps' type."""
+    """Distance of two taps (B, C, h, w), weight (1, C, 1, 1) -> (B, 1, 1, 1): unit length over channels, squared
+    difference, weighted sum over channels, mean over pixels; in float32 whatever the taps' type."""
     a, b = _wide(a), _wide(b)
     # The published 1e-10 is added to the norm, not under the root.
     a = a / (a.square().sum(1, keepdim=True).sqrt() + 1e-10)
@@ -151,10 +145,9 @@ def tap_distance(a, b, weight):
 def load_lpips(network="vgg", path=None):
     """LPIPS with its published weights.
 
-    path: a file that holds them all (a released tokenizer file, for "vgg", or a saved state dict of `LPIPS`);
-    None: torchvision's backbone and the v0.1 heads, downloaded once into torch's hub cache.
-    Raises UserError naming the file or, offline, the address and the place to put the file.
-    """
+    path: a file that holds them all (a released tokenizer file, for "vgg", or a saved state dict of `LPIPS`); None:
+    torchvision's backbone and the v0.1 heads, downloaded once into torch's hub cache. Raises UserError naming the file
+    or, offline, the address and the place to put the file."""
     with torch.device("meta"):
         lpips = LPIPS(network)
     wanted = lpips.state_dict()
@@ -174,9 +167,7 @@ def load_lpips(network="vgg", path=None):
             if name.startswith("net."):  # net.slice2.5.weight is features.5.weight
                 source = "features." + name.split(".", 2)[2]
                 if source not in layers:
-                    raise UserError(
-                        f"{backbone} is not torchvision's {network} file: entry {source} is missing"
-                    )
+                    raise UserError(f"{backbone} is not torchvision's {network} file: entry {source} is missing")
                 entries[name] = layers[source]
         path = heads
     match(entries, wanted, path, f"LPIPS weights ({network})")
@@ -184,15 +175,15 @@ def load_lpips(network="vgg", path=None):
     return lpips.requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The discriminator
 
 
 class PatchDiscriminator(nn.Module):
     """PatchGAN: (B, 3, H, W) -> one logit a patch, (B, 1, H/8 - 2, W/8 - 2) for sides that 8 divides.
 
-    BatchNorm is per device and stays in train mode throughout training, also when D scores the generator; x
-    and y go through in separate forwards.
+    BatchNorm is per device and stays in train mode throughout training, also when D scores the generator; x and y go
+    through in separate forwards.
     """
 
     def __init__(self):
@@ -222,10 +213,9 @@ class PatchDiscriminator(nn.Module):
 class LeCAM(nn.Module):
     """Regularizer that holds D's logits near running means of the other kind's (arXiv 2104.03310).
 
-    `real` and `fake` are the running means of D(x) and D(y), from 0. Each micro-batch's term uses the means
-    advanced by its own logits; `advance` then moves the stored pair once a step, by the logits' mean over all
-    micro-batches and ranks. With one micro-batch on one device that is the published rule.
-    """
+    `real` and `fake` are the running means of D(x) and D(y), from 0. Each micro-batch's term uses the means advanced by
+    its own logits; `advance` then moves the stored pair once a step, by the logits' mean over all micro-batches and
+    ranks. With one micro-batch on one device that is the published rule."""
 
     def __init__(self, decay=0.999):
         super().__init__()
@@ -251,7 +241,7 @@ class LeCAM(nn.Module):
         self.fake.copy_(fake)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The two losses
 
 
@@ -266,19 +256,12 @@ def generator_gan_loss(logits):
 
 
 def generator_loss(
-    x,
-    y,
-    quantizer_losses,
-    lpips=None,
-    discriminator=None,
-    gan_weight=0.1,
-    entropy_weight=0.1,
-    commitment_weight=0.25,
+    x, y, quantizer_losses, lpips=None, discriminator=None, gan_weight=0.1, entropy_weight=0.1, commitment_weight=0.25
 ):
     """The generator's loss on one micro-batch, and its terms by name (detached scalars, unweighted).
 
-    quantizer_losses: as `lfq.LFQ` returns them. lpips, discriminator: None leaves that term out. The weights
-    are the paper's.
+    quantizer_losses: as `lfq.LFQ` returns them. lpips, discriminator: None leaves that term out. The weights are the
+    paper's.
     """
     absolute = (x - y).abs()
     terms = {"l1": absolute.mean()}
@@ -303,12 +286,7 @@ def discriminator_loss(logits_real, logits_fake, lecam, lecam_weight):
     logits_real, logits_fake = _wide(logits_real), _wide(logits_fake)
     hinge = 0.5 * (relu(1 - logits_real).mean() + relu(1 + logits_fake).mean())
     regularizer = lecam(logits_real, logits_fake)
-    terms = {
-        "hinge": hinge,
-        "lecam": regularizer,
-        "logits_real": logits_real.mean(),
-        "logits_fake": logits_fake.mean(),
-    }
+    terms = {"hinge": hinge, "lecam": regularizer, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
     return hinge + lecam_weight * regularizer, {name: value.detach() for name, value in terms.items()}
 
 

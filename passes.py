@@ -19,11 +19,10 @@ import torch.distributed as dist
 class Gradients:
     """The gradients of some parameters: cleared, added up by backward passes, exchanged between processes.
 
-    Of one process alone, and of sharded parameters (FSDP2 exchanges them itself, in every pass), they are
-    autograd's own. Otherwise they are views of one buffer, whose sum over processes is one all-reduce; so a
-    loss has to be divided by the number of all processes' micro-batches. The exchange comes after the last
-    backward pass, not beside it: where processes are joined as fast as devices of a host are, it would slow
-    the matrix products down by what it saves.
+    Of one process alone, and of sharded parameters (FSDP2 exchanges them itself, in every pass), they are autograd's
+    own. Otherwise they are views of one buffer, whose sum over processes is one all-reduce; so a loss has to be divided
+    by the number of all processes' micro-batches. The exchange comes after the last backward pass, not beside it: where
+    processes are joined as fast as devices of a host are, it would slow the matrix products down by what it saves.
     """
 
     def __init__(self, rt, parameters, sharded=False):
@@ -50,15 +49,13 @@ class Gradients:
 
 
 class Graphs:
-    """Runs passes of a training step; where `enabled`, on a GPU, as CUDA graphs: their thousands of kernels
-    are recorded once and then started together, by a host that would otherwise start them more slowly than a
-    GPU ends them.
+    """Runs passes of a training step; where `enabled`, on a GPU, as CUDA graphs: their thousands of kernels are
+    recorded once and then started together, by a host that would otherwise start them more slowly than a GPU ends them.
 
-    A pass is a function of tensors, work(*tensors) -> dict of tensors, that adds to gradients. All shapes,
-    and all that it decides, must be the same in every step; it must not wait for the device nor talk to other
-    processes, and what else it changes (running means) must stay where it is in memory. Its kernels, their
-    order, and what they draw from torch's generator are the same with a graph as without.
-    """
+    A pass is a function of tensors, work(*tensors) -> dict of tensors, that adds to gradients. All shapes, and all that
+    it decides, must be the same in every step; it must not wait for the device nor talk to other processes, and what
+    else it changes (running means) must stay where it is in memory. Its kernels, their order, and what they draw from
+    torch's generator are the same with a graph as without."""
 
     WARM_UP = 3  # steps that run as they are: kernels are compiled and convolution algorithms chosen
 
@@ -68,16 +65,16 @@ class Graphs:
         self.forget()
 
     def forget(self):
-        """Drop the graphs and the gradients, and so the memory that passes work in, until the next step:
-        others may need it. (The buffer of exchanged gradients stays.)"""
+        """Drop the graphs and the gradients, and so the memory that passes work in, until the next step: others may
+        need it. (The buffer of exchanged gradients stays.)"""
         self.kept = {}
         for _, gradients in self.steps:
             gradients.clear()
         self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
 
     def run(self, work, gradients, first, *tensors):
-        """work(*tensors), run or replayed; the tensors returned are the caller's. first: it is the first pass
-        of its kind in this step, and `gradients` are cleared for it."""
+        """work(*tensors), run or replayed; the tensors returned are the caller's. first: it is the first pass of its
+        kind in this step, and `gradients` are cleared for it."""
         self.steps[work, gradients] += first
         if not self.enabled or self.steps[work, gradients] <= self.WARM_UP:
             return self._run(work, gradients, first, tensors)
@@ -98,9 +95,8 @@ class Graphs:
         inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
         if first:
             gradients.clear()  # now already, so that their memory is free for the graph
-        # All share one pool of memory: they are replayed in the order in which they are recorded.
-        # "thread_local": other threads (the loader's, NCCL's) may meanwhile call what would spoil a recording
-        # of their own.
+        # All share one pool of memory: they are replayed in the order in which they are recorded. "thread_local": other
+        # threads (the loader's, NCCL's) may meanwhile call what would spoil a recording of their own.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = self._run(work, gradients, first, inputs)
         return graph, inputs, outputs

@@ -1,8 +1,7 @@
 """Where a script runs: device, process group, precision, stop signals, settings, the run log.
 
-Every script of this project starts with `runtime.start()` and so runs unchanged as `python X.py` on a CPU, as
-`torchrun --nproc_per_node=8 X.py` on one host, and with `--nnodes` on many. Nothing here knows a model.
-"""
+Every script of this project starts with `runtime.start()` and so runs unchanged as `python X.py` on a CPU, as `torchrun
+--nproc_per_node=8 X.py` on one host, and with `--nnodes` on many. Nothing here knows a model."""
 
 import argparse
 import contextlib
@@ -29,8 +28,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# torch.accelerator names the device; this is all that differs between vendors. Ascend: torch_npu registers
-# itself with torch when torch is imported.
+# torch.accelerator names the device; this is all that differs between vendors. Ascend: torch_npu registers itself with
+# torch when torch is imported.
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: checkpoints and evaluations are waited for in one
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -44,14 +43,14 @@ class Unreadable(UserError):
     """A file that is there and cannot be read for now. Whoever went on without it would write over it."""
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Device and processes
 
 
 @dataclass
 class Runtime:
-    """This process among all: `device`, `rank` of `world`, `local_rank` on its host, and a gloo group for
-    small messages between hosts' CPUs (they never make an accelerator wait)."""
+    """This process among all: `device`, `rank` of `world`, `local_rank` on its host, and a gloo group for small
+    messages between hosts' CPUs (they never make an accelerator wait)."""
 
     device: torch.device
     rank: int = 0
@@ -79,9 +78,7 @@ class Runtime:
         """Element-wise `op` ("sum", "max" or "mean") of a list of floats over all ranks, in float64."""
         values = torch.as_tensor(values, dtype=torch.float64, device="cpu").clone()
         if self.world > 1:
-            dist.all_reduce(
-                values, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=self.control
-            )
+            dist.all_reduce(values, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=self.control)
         return (values / self.world if op == "mean" else values).tolist()
 
     def union(self, flags):
@@ -100,8 +97,8 @@ class Runtime:
         return box[0]
 
     def share_parameters(self, module):
-        """Give every rank the main process's parameters. Equal seeds draw equal ones, but for their last bits
-        on another kind of CPU."""
+        """Give every rank the main process's parameters. Equal seeds draw equal ones, but for their last bits on
+        another kind of CPU."""
         if self.world > 1:
             for parameter in module.parameters():
                 dist.broadcast(parameter.detach(), src=0)
@@ -133,9 +130,7 @@ def start():
     world = _launched("WORLD_SIZE", 1, 1)
     rank, local_rank = _launched("RANK", 0, 0, world - 1), _launched("LOCAL_RANK", 0, 0, world - 1)
     if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        raise UserError(
-            f"WORLD_SIZE is {world} without MASTER_ADDR and MASTER_PORT; launch with torchrun, or unset it"
-        )
+        raise UserError(f"WORLD_SIZE is {world} without MASTER_ADDR and MASTER_PORT; launch with torchrun, or unset it")
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         count, kind = torch.accelerator.device_count(), torch.accelerator.current_accelerator().type
@@ -175,10 +170,9 @@ def _launched(name, default, lowest, highest=10**6):
 def _fresh_store(rank, world):
     """The store through which this launch's ranks find one another.
 
-    torchrun keeps one store over all its restarts, and restarted ranks would find in it the addresses of
-    those before them, and fail or wait for them. So rank 0 offers a prefix that was never used, the others
-    answer with a name of their own, and an offer whose list of answers lacks that name is an old one.
-    """
+    torchrun keeps one store over all its restarts, and restarted ranks would find in it the addresses of those before
+    them, and fail or wait for them. So rank 0 offers a prefix that was never used, the others answer with a name of
+    their own, and an offer whose list of answers lacks that name is an old one."""
     store = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))[0]
     mine = uuid.uuid4().hex
     if rank == 0:
@@ -210,8 +204,8 @@ def autocast(device, precision):
 
 
 def rounding_switches(device):
-    """(object, attribute) that allow float32 products and convolutions to round what they take: TF32 of a GPU,
-    HF32 of an NPU. For convolutions both are on by default."""
+    """(object, attribute) that allow float32 products and convolutions to round what they take: TF32 of a GPU, HF32 of
+    an NPU. For convolutions both are on by default."""
     if device.type == "npu":
         return [(torch.npu.conv, "allow_hf32"), (torch.npu.matmul, "allow_hf32")]
     return [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")]
@@ -219,8 +213,8 @@ def rounding_switches(device):
 
 @contextlib.contextmanager
 def exact_float32(device):
-    """float32 that means it: neither autocast nor rounded products, which would move the quantizer's gradient
-    and Inception's features by percents."""
+    """float32 that means it: neither autocast nor rounded products, which would move the quantizer's gradient and
+    Inception's features by percents."""
     switches = rounding_switches(device)
     before = [getattr(*switch) for switch in switches]
     for switch in switches:
@@ -234,8 +228,8 @@ def exact_float32(device):
 
 
 def set_precision(rt, precision):
-    """The precision to use: `precision`, or bf16 on an accelerator and fp32 on a CPU where it is None. "fp32"
-    means it, in products and convolutions too."""
+    """The precision to use: `precision`, or bf16 on an accelerator and fp32 on a CPU where it is None. "fp32" means it,
+    in products and convolutions too."""
     precision = precision or ("fp32" if rt.device.type == "cpu" else "bf16")
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}'; choose one of {', '.join(PRECISIONS)}")
@@ -244,20 +238,17 @@ def set_precision(rt, precision):
     for switch in rounding_switches(rt.device):
         setattr(*switch, precision != "fp32")
     if precision == "fp32":
-        warnings.filterwarnings(
-            "ignore", "TensorFloat32 tensor cores"
-        )  # "available but not enabled": as asked
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # "available but not enabled": as asked
     return precision
 
 
 def seed_everything(*numbers):
-    """Seed torch's generators (all devices) from any non-negative integers, for instance (seed, step,
-    micro-batch). This is why no random state is ever saved: every draw of training is a function of its place
-    in the run."""
+    """Seed torch's generators (all devices) from any non-negative integers, for instance (seed, step, micro-batch).
+    This is why no random state is ever saved: every draw of training is a function of its place in the run."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -292,8 +283,7 @@ def at_least(lowest, kind=int, highest=None):
 
 
 def add_length_flags(add):
-    """The flags of both trainings for pictures a step and the run's length; `add` is a group's
-    add_argument."""
+    """The flags of both trainings for pictures a step and the run's length; `add` is a group's add_argument."""
     add("--global-batch", type=at_least(1), help="pictures a step, over all devices")
     add("--micro-batch", type=at_least(1), help="pictures a device at once; accumulation is derived")
     add("--epochs", type=at_least(0), help="length of the run, epochs of ceil(pictures / global batch) steps")
@@ -333,12 +323,11 @@ def parse_with_presets(arguments, presets, argv=None):
 
 
 def run_script(main):
-    """Run a script's main(); a UserError, a full disk or a file that cannot be read or written ends in one line
-    and exit code 2, no traceback.
+    """Run a script's main(); a UserError, a full disk or a file that cannot be read or written ends in one line and
+    exit code 2, no traceback.
 
-    Whatever ends it, the process leaves at once: others may wait inside a collective for this one (torchrun
-    then ends them), and Python would wait at its exit for loader processes, which leave signals to this
-    process.
+    Whatever ends it, the process leaves at once: others may wait inside a collective for this one (torchrun then ends
+    them), and Python would wait at its exit for loader processes, which leave signals to this process.
     """
     name = Path(sys.argv[0]).name
     warnings.formatwarning = lambda message, *_, **__: printable(f"{name}: warning: {message}") + "\n"
@@ -369,25 +358,20 @@ def run_script(main):
             advice = "" if name == "bench.py" else f", give a smaller {flag}"
             _fail(f"out of memory on the device{advice}: {reason_of(cause)}")
         if "DataLoader worker" in str(error):
-            _fail(
-                f"a loader process has ended ({reason_of(error)}); give fewer --workers, 0 does without any"
-            )
+            _fail(f"a loader process has ended ({reason_of(error)}); give fewer --workers, 0 does without any")
         _fail(traceback.format_exc(), code=1)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not by way of Python's own exit: a thread of gloo that lets go of a tensor meanwhile would abort the
-    # process.
+    # Not by way of Python's own exit: a thread of gloo that lets go of a tensor meanwhile would abort the process.
     os._exit(0)
 
 
 def _fail(message, code=2):
     rank = os.environ.get("RANK", "0")
     where = f" [rank {rank}]" if rank != "0" else ""
-    message = (
-        str(message) if code == 1 else str(message).replace("\n", "\\n")
-    )  # one line, whatever a name holds
+    message = str(message) if code == 1 else str(message).replace("\n", "\\n")  # one line, whatever a name holds
     print(printable(f"{Path(sys.argv[0]).name}{where}: {message}"), file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
@@ -447,13 +431,13 @@ def run_length(args, pictures):
     return epoch_steps, total
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Stopping, logging
 
 
 def should_compile(rt, flag, steps):
-    """Whether to compile: as --compile or --no-compile say; otherwise on a GPU (where torch.compile needs
-    Triton) for a run of 500 steps or more."""
+    """Whether to compile: as --compile or --no-compile say; otherwise on a GPU (where torch.compile needs Triton) for a
+    run of 500 steps or more."""
     worth = rt.device.type == "cuda" and steps >= 500 and importlib.util.find_spec("triton") is not None
     return worth if flag is None else flag
 
@@ -477,8 +461,7 @@ class StopSignal:
 
 
 class FiniteGuard:
-    """Remembers, on the device and without waiting for it, the first step whose loss or weights were not
-    finite."""
+    """Remembers, on the device and without waiting for it, the first step whose loss or weights were not finite."""
 
     def __init__(self, device):
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
@@ -492,8 +475,7 @@ class FiniteGuard:
             self.first_bad.masked_fill_(bad, step)
 
     def check(self, rt, checkpoint):
-        """Call at log intervals and before saving. Raises UserError naming the step and the last good
-        file."""
+        """Call at log intervals and before saving. Raises UserError naming the step and the last good file."""
         first = int(rt.reduce([float(self.first_bad)], "max")[0])
         if first >= 0:
             raise UserError(
@@ -503,11 +485,10 @@ class FiniteGuard:
 
 
 class RunLog:
-    """A line an interval on the screen, the same as JSON in `log.jsonl`, and TensorBoard where it is
-    installed.
+    """A line an interval on the screen, the same as JSON in `log.jsonl`, and TensorBoard where it is installed.
 
-    The values are those of the step named, averaged over its global batch. After a resume, lines past the
-    resumed step are dropped, so that the file reads like one uninterrupted run.
+    The values are those of the step named, averaged over its global batch. After a resume, lines past the resumed step
+    are dropped, so that the file reads like one uninterrupted run.
     """
 
     def __init__(self, rt, folder, total, first_step, images_a_step):
@@ -543,9 +524,7 @@ class RunLog:
             self.write(step, **values, images_per_second=speed, memory_gib=memory)
             words = " ".join(f"{name} {value:.4g}" for name, value in values.items())
             clock = datetime.timedelta(seconds=round(left))
-            self.rt.say(
-                f"step {step}/{self.total} {words} | {speed:.1f} images/s {memory:.1f} GiB left {clock}"
-            )
+            self.rt.say(f"step {step}/{self.total} {words} | {speed:.1f} images/s {memory:.1f} GiB left {clock}")
 
     def note(self, step, **values):
         """Print and record what was measured beside the losses; its time does not count as training time."""
@@ -615,8 +594,8 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A new binary file, to be written, that takes the place of `path` at the end: a reader sees the old file or
-    the new one, never half. Nothing is left of a failure, and nothing is written through a link."""
+    """A new binary file, to be written, that takes the place of `path` at the end: a reader sees the old file or the
+    new one, never half. Nothing is left of a failure, and nothing is written through a link."""
     scratch = Path(f"{path}.tmp")
     scratch.unlink(missing_ok=True)
     try:
@@ -630,14 +609,12 @@ def replacing(path):
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Around the reading of a user's file: whatever is raised becomes a UserError of one line with the path and
-    the reason. It is an `Unreadable` where the file may be good and cannot be read for now (permissions, a
-    network file system, memory); any other says that the file is absent, or is not `what` it should be."""
+    """Around the reading of a user's file: whatever is raised becomes a UserError of one line with the path and the
+    reason. It is an `Unreadable` where the file may be good and cannot be read for now (permissions, a network file
+    system, memory); any other says that the file is absent, or is not `what` it should be."""
     try:
         if not Path(path).is_file():
-            raise UserError(
-                f"{path} is no plain file" if os.path.lexists(path) else f"there is no file {path}"
-            )
+            raise UserError(f"{path} is no plain file" if os.path.lexists(path) else f"there is no file {path}")
         yield
     except UserError:
         raise

@@ -4,11 +4,10 @@
     python sample.py --model B --classes 207,88,985 --out samples.png
     torchrun --nproc_per_node=8 sample.py --model B --out samples.npz  # 50,000 pictures, the paper's settings
 
-The kind of output follows from --out: `.png`, `.npz`, or else a folder. Picture i shows class i modulo the
-number of classes asked for and is a function of --seed and i, whatever the number of processes. After a stop,
-the same command makes what is missing. Settings are saved with the pictures: FOLDER/config.json, OUT.json.
-Sampling follows Open-MAGVIT2 (arXiv 2409.04410): classifier-free guidance with a scale for each sub-token.
-"""
+The kind of output follows from --out: `.png`, `.npz`, or else a folder. Picture i shows class i modulo the number of
+classes asked for and is a function of --seed and i, whatever the number of processes. After a stop, the same command
+makes what is missing. Settings are saved with the pictures: FOLDER/config.json, OUT.json. Sampling follows Open-MAGVIT2
+(arXiv 2409.04410): classifier-free guidance with a scale for each sub-token."""
 
 import collections
 import json
@@ -83,11 +82,7 @@ def parse(argv=None):
     add("--top-p", type=float, **pair, help="draw from the likeliest that together pass p; 1 is off")
     add("--seed", type=runtime.at_least(0), default=0, help="another number gives other pictures")
     add = arguments.add_argument_group("how").add_argument
-    add(
-        "--batch",
-        type=runtime.at_least(1),
-        help=f"pictures at a time on a device; default: {BATCH}, on a CPU 50",
-    )
+    add("--batch", type=runtime.at_least(1), help=f"pictures at a time on a device; default: {BATCH}, on a CPU 50")
     add("--precision", help="bf16, fp16 or fp32; default: bf16 on an accelerator, fp32 on a CPU")
     add("--rounding", action="store_true", help="round to grey levels; published numbers truncate")
     return arguments.parse_args(argv)
@@ -141,13 +136,11 @@ def main():
     todo = [batch for batch in mine if not all(file.exists() for file in files(batch))]
     rt.barrier()
     started = time.perf_counter()
-    # Nobody waits for the other: while the device makes a batch, a thread writes the one before. The device's
-    # queue holds two, so that it goes on at once; everything here is put there without waiting for it.
+    # Nobody waits for the other: while the device makes a batch, a thread writes the one before. The device's queue
+    # holds two, so that it goes on at once; everything here is put there without waiting for it.
     queued = collections.deque()
     with ThreadPoolExecutor(1) as writer:
-        for batch in tqdm(
-            todo, unit="batch", disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True
-        ):
+        for batch in tqdm(todo, unit="batch", disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True):
             labels = torch.tensor([classes[i % len(classes)] for i in batch])
             seeds = [image_seed(args.seed, i) for i in batch]
             with torch.no_grad(), runtime.autocast(rt.device, precision):
@@ -183,7 +176,7 @@ def main():
     rt.barrier()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Models and settings
 
 
@@ -239,9 +232,7 @@ def choose_classes(text, names, number, kind):
         else:
             known = f"the numbers 0 to {number - 1}"
             if names:
-                known += (
-                    ", " + ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
-                )
+                known += ", " + ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
             raise UserError(f"--classes: unknown class '{item}'; known are all, {known}")
     return labels
 
@@ -256,7 +247,7 @@ def image_seed(seed, number):
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Output
 
 
@@ -269,9 +260,7 @@ def refuse_others(work, settings):
         with runtime.reading(config, "settings of sample.py"):
             before = json.loads(config.read_bytes())
             grown = before["count"] <= settings["count"] and "model_hash" in before
-    changed = before and changed_settings(
-        before, settings, {"model", "tokenizer"} | ({"count"} if grown else set())
-    )
+    changed = before and changed_settings(before, settings, {"model", "tokenizer"} | ({"count"} if grown else set()))
     if before and not changed:
         return
     reason = f"pictures of other settings ({changed})" if before else "files that are not this script's"
@@ -289,8 +278,7 @@ def fetch(images):
 
 
 def store(files, pictures, wait):
-    """Write uint8 pictures (B, H, W, 3), once wait() says that they are there: to one .npy, or each to its
-    .png."""
+    """Write uint8 pictures (B, H, W, 3), once wait() says that they are there: to one .npy, or each to its .png."""
     wait()
     if files[0].suffix == ".npy":
         with runtime.replacing(files[0]) as file:

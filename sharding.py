@@ -4,10 +4,9 @@
     shard_optimizer_state(state["optimizer"], list(model.parameters()))     # cut what a file holds
     whole(rt, model.state_dict())               # gather it for a file
 
-Files hold whole tensors under plain names, so a run may go on with or without sharding, on any number of
-processes. The price is memory of the host: every process builds the whole model on its CPU (4 bytes a
-parameter), reads the whole checkpoint to resume (12 more), and the main one gathers it to save (12).
-"""
+Files hold whole tensors under plain names, so a run may go on with or without sharding, on any number of processes. The
+price is memory of the host: every process builds the whole model on its CPU (4 bytes a parameter), reads the whole
+checkpoint to resume (12 more), and the main one gathers it to save (12)."""
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,14 +19,13 @@ from ar_model import ARTransformer
 
 
 def shard(rt, model, precision):
-    """Spread a model on the CPU over all processes' devices, in place: of its blocks, a device holds its
-    share and one or two that are at work.
+    """Spread a model on the CPU over all processes' devices, in place: of its blocks, a device holds its share and one
+    or two that are at work.
 
-    The shares, their gradients' sums and AdamW are float32. A block is gathered in `precision`, which is what
-    autocast would compute in, so the two agree but for the norms' weights; gathered in float32, autocast's
-    own copies of all weights would wait, whole, on every device for the backward pass. Embeddings, last norm
-    and heads are gathered in float32, and inputs are left alone: what passes between blocks stays float32.
-    """
+    The shares, their gradients' sums and AdamW are float32. A block is gathered in `precision`, which is what autocast
+    would compute in, so the two agree but for the norms' weights; gathered in float32, autocast's own copies of all
+    weights would wait, whole, on every device for the backward pass. Embeddings, last norm and heads are gathered in
+    float32, and inputs are left alone: what passes between blocks stays float32."""
     mesh = init_device_mesh(rt.device.type, (rt.world,))
     dtype = None if precision == "fp32" else runtime.PRECISIONS[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -46,8 +44,8 @@ def shard_optimizer_state(state, parameters):
 
 
 def whole(rt, tree):
-    """A state dict with every sharded tensor gathered to the main process's CPU, one at a time (None on the
-    other processes, all of which must call it); anything else as it is."""
+    """A state dict with every sharded tensor gathered to the main process's CPU, one at a time (None on the other
+    processes, all of which must call it); anything else as it is."""
     if isinstance(tree, dict):
         return {key: whole(rt, value) for key, value in tree.items()}
     if not isinstance(tree, DTensor):
@@ -57,8 +55,8 @@ def whole(rt, tree):
 
 
 def unsharded(rt, model):
-    """A sharded model's whole float32 copy on the main process's device (4 bytes a parameter while it is
-    kept), None on the others; all must call it. Shards would gather every block anew for every token."""
+    """A sharded model's whole float32 copy on the main process's device (4 bytes a parameter while it is kept), None on
+    the others; all must call it. Shards would gather every block anew for every token."""
     entries = whole(rt, model.state_dict())
     if not rt.main:
         return None

@@ -6,8 +6,7 @@
 
 Fully convolutional, no attention: any height and width that the factor f divides (16 for 256_L, 8 for 128_L).
 
-Letters: B batch, K bits (latent channels), C channels, H W pixels, h w latent grid (h = H / f).
-"""
+Letters: B batch, K bits (latent channels), C channels, H W pixels, h w latent grid (h = H / f)."""
 
 import contextlib
 import re
@@ -30,8 +29,8 @@ if torch.cuda.is_available():  # Triton kernels
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`channels` at full resolution; width of level i is channels * channel_multipliers[i]; the resolution
-    halves between levels; `blocks_per_level` ResBlocks a level and in the middle; `bits` K, for 2^K codes."""
+    """`channels` at full resolution; width of level i is channels * channel_multipliers[i]; the resolution halves
+    between levels; `blocks_per_level` ResBlocks a level and in the middle; `bits` K, for 2^K codes."""
 
     channels: int = 128
     channel_multipliers: tuple = (1, 1, 2, 2, 4)
@@ -44,13 +43,10 @@ class TokenizerConfig:
         if not all(type(number) is int and number <= 10**6 for number in numbers):
             raise UserError("channels, multipliers, blocks and bits must be whole numbers up to a million")
         if self.channels < 32 or self.channels % 32:
-            raise UserError(
-                f"channels must be a multiple of 32 (GroupNorm has 32 groups), not {self.channels}"
-            )
+            raise UserError(f"channels must be a multiple of 32 (GroupNorm has 32 groups), not {self.channels}")
         if min(self.channel_multipliers, default=0) < 1 or self.blocks_per_level < 1:
             raise UserError(
-                f"multipliers and blocks must be at least 1, not {self.channel_multipliers} and "
-                f"{self.blocks_per_level}"
+                f"multipliers and blocks must be at least 1, not {self.channel_multipliers} and {self.blocks_per_level}"
             )
         if not 1 <= self.bits <= 30:
             raise UserError(f"bits must be 1 to 30, not {self.bits}")
@@ -78,7 +74,7 @@ RELEASED_TOKENIZERS = {
     "256_L": f"{HUB}/Open-MAGVIT2-Tokenizer-256-resolution/resolve/main/imagenet_256_L.ckpt",
 }
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The network. Module names are those of the released files.
 
 
@@ -87,23 +83,20 @@ def group_norm(channels, affine=True):
 
 
 def norm_silu(norm, x):
-    """silu(norm(x)), and x for what goes around the norm (fused, the two gradients of x are added in one
-    pass)."""
+    """silu(norm(x)), and x for what goes around the norm (fused, the two gradients of x are added in one pass)."""
     if fused_norm and fused_norm.usable(x):
         return fused_norm.norm_silu(x, norm.weight, norm.bias)
     return silu(norm(x)), x
 
 
 def fast_layout(x):
-    """x in channels last where the fused norms run (the GPU's convolutions want that too), otherwise in
-    NCHW."""
+    """x in channels last where the fused norms run (the GPU's convolutions want that too), otherwise in NCHW."""
     fast = fused_norm and fused_norm.ENABLED and x.is_cuda
     return x.contiguous(memory_format=torch.channels_last if fast else torch.contiguous_format)
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C_in, H, W) -> (B, C_out, H, W). No convolution has a
-    bias."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C_in, H, W) -> (B, C_out, H, W). No convolution has a bias."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -125,8 +118,7 @@ def res_blocks(c_in, c_out, count):
 
 
 class Level(nn.Module):
-    """One resolution: its ResBlocks, and where there is a next level the layer that changes the
-    resolution."""
+    """One resolution: its ResBlocks, and where there is a next level the layer that changes the resolution."""
 
     def __init__(self, c_in, c_out, blocks, downsample=False, upsample=False):
         super().__init__()
@@ -166,8 +158,7 @@ class Upsampler(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """GroupNorm whose scale and bias come from the quantized latent's per-channel deviation and mean over
-    pixels."""
+    """GroupNorm whose scale and bias come from the quantized latent's per-channel deviation and mean over pixels."""
 
     def __init__(self, channels, bits):
         super().__init__()
@@ -218,24 +209,20 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
         self.mid_block = res_blocks(widths[-1], widths[-1], blocks)
         self.adaptive = nn.ModuleList(AdaptiveGroupNorm(width, config.bits) for width in incoming)
-        self.up = nn.ModuleList(
-            Level(incoming[i], widths[i], blocks, upsample=i > 0) for i in range(len(widths))
-        )
+        self.up = nn.ModuleList(Level(incoming[i], widths[i], blocks, upsample=i > 0) for i in range(len(widths)))
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def compile_upsamplers(self):
-        """Compile what stands between convolutions at each change of resolution: bias and depth to space in
-        one pass. (The rest is fused without compiling: see fused_norm.py.)"""
+        """Compile what stands between convolutions at each change of resolution: bias and depth to space in one pass.
+        (The rest is fused without compiling: see fused_norm.py.)"""
         for level in self.up:
             if hasattr(level, "upsample"):
                 level.upsample.compile(dynamic=False)
 
     def forward(self, z):
         if z.shape[2] * z.shape[3] < 2:
-            raise UserError(
-                "the decoder needs at least two tokens an image (it takes the variance over them)"
-            )
+            raise UserError("the decoder needs at least two tokens an image (it takes the variance over them)")
         x = self.conv_in(fast_layout(z))
         for block in self.mid_block:
             x = block(x)
@@ -247,9 +234,8 @@ class Decoder(nn.Module):
 class Tokenizer(nn.Module):
     """Encoder, quantizer, decoder. State-dict entries: the released `encoder.*` and `decoder.*`, no more.
 
-    `forward(images)` -> (reconstruction (B, 3, H, W) unclamped, indices (B, h, w), losses of `lfq.LFQ`).
-    Images are float NCHW in [-1, 1]; raises UserError where a side is no multiple of `factor`.
-    """
+    `forward(images)` -> (reconstruction (B, 3, H, W) unclamped, indices (B, h, w), losses of `lfq.LFQ`). Images are
+    float NCHW in [-1, 1]; raises UserError where a side is no multiple of `factor`."""
 
     def __init__(self, config):
         super().__init__()
@@ -279,7 +265,7 @@ class Tokenizer(nn.Module):
         return self.decoder(quantized), indices, losses
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reading files
 
 
@@ -287,10 +273,9 @@ def load_tokenizer(path_or_name, ema=True):
     """A Tokenizer in eval mode, on the CPU, from a released name ("256_L", "128_L"), a released tokenizer or
     transformer file, this project's own file or run folder, or a bare state dict of any of these.
 
-    ema: the moving average of the weights, where the file has one; False: the training weights. A released
-    transformer file carries the tokenizer that it was trained with, which is used as it stands.
-    Raises UserError naming the file and the entries at fault; nothing is ever loaded in part.
-    """
+    ema: the moving average of the weights, where the file has one; False: the training weights. A released transformer
+    file carries the tokenizer that it was trained with, which is used as it stands. Raises UserError naming the file
+    and the entries at fault; nothing is ever loaded in part."""
     path = locate(path_or_name, RELEASED_TOKENIZERS)
     with reading(path, "a tokenizer file"):
         content = read_weights(path)
@@ -353,11 +338,9 @@ def _released(entries, source, ema):
 
 
 def tokenizer_from_entries(entries, source, config=None):
-    """A Tokenizer in eval mode from its `encoder.*` and `decoder.*` entries; the size is read off their
-    shapes.
+    """A Tokenizer in eval mode from its `encoder.*` and `decoder.*` entries; the size is read off their shapes.
 
-    Raises UserError naming `source`, the entries that are missing, unexpected or wrongly shaped, and the
-    size.
+    Raises UserError naming `source`, the entries that are missing, unexpected or wrongly shaped, and the size.
     """
     config = config or _config_of(entries, source)
     if len(config.widths) * config.blocks_per_level > len(entries):  # before so many are built
@@ -366,9 +349,7 @@ def tokenizer_from_entries(entries, source, config=None):
         tokenizer = Tokenizer(config)
     name = next((f"{name} tokenizer" for name, size in TOKENIZER_SIZES.items() if size == config), None)
     match(entries, tokenizer.state_dict(), source, f"a {name or f'tokenizer of size {asdict(config)}'}")
-    tokenizer.load_state_dict(
-        {name: value.to(torch.float32).clone() for name, value in entries.items()}, assign=True
-    )
+    tokenizer.load_state_dict({name: value.to(torch.float32).clone() for name, value in entries.items()}, assign=True)
     return tokenizer.eval().requires_grad_(True)
 
 
@@ -379,9 +360,7 @@ def _config_of(entries, source):
         if not isinstance(entries.get(name), torch.Tensor):
             raise UserError(f"{source} holds no tokenizer: entry {name} is missing, or no tensor")
         if entries[name].ndim != 4 or entries[name].numel() == 0:
-            raise UserError(
-                f"{source} holds no tokenizer: entry {name} has shape {tuple(entries[name].shape)}"
-            )
+            raise UserError(f"{source} holds no tokenizer: entry {name} has shape {tuple(entries[name].shape)}")
         return entries[name].shape
 
     def count(prefix):  # of the numbers behind it

@@ -3,10 +3,10 @@
     python train_ar.py --codes codes/train --out runs/ar                          # a CPU, minutes
     torchrun --nproc_per_node=8 train_ar.py --preset B --codes codes/imagenet --micro-batch 96 --out runs/B
 
-The codes come from encode.py, with the tokenizer that made them. What comes out, under --out: config.json,
-log.jsonl, step_XXXXXXXX.pt (the last two; everything a resume needs, and, carrying the tokenizer, all that
-sample.py needs), samples/step_XXXXXXXX.png (one class a row). Running the same command again goes on from the
-newest checkpoint, to the very weights of a run never stopped.
+The codes come from encode.py, with the tokenizer that made them. What comes out, under --out: config.json, log.jsonl,
+step_XXXXXXXX.pt (the last two; everything a resume needs, and, carrying the tokenizer, all that sample.py needs),
+samples/step_XXXXXXXX.png (one class a row). Running the same command again goes on from the newest checkpoint, to the
+very weights of a run never stopped.
 """
 
 import argparse
@@ -46,18 +46,9 @@ for name, preset in PRESETS.items():
     preset |= {"width": size.width, "heads": size.heads}
     preset |= {"spatial_layers": size.spatial_layers, "intra_layers": size.intra_layers}
 
-# Settings that a resumed run may change freely: they leave the weights alone, up to rounding and, for the
-# micro-batch, which values dropout takes.
-MAY_CHANGE = {
-    "out",
-    "codes",
-    "val_codes",
-    "log_every",
-    "save_every",
-    "keep_every",
-    "eval_every",
-    "eval_pictures",
-}
+# Settings that a resumed run may change freely: they leave the weights alone, up to rounding and, for the micro-batch,
+# which values dropout takes.
+MAY_CHANGE = {"out", "codes", "val_codes", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
 MAY_CHANGE |= {"compile", "allow_changes", "micro_batch", "preset", "shard", "checkpoint_activations"}
 
 
@@ -77,21 +68,12 @@ def parse(argv=None):
     add("--heads", type=int, help="attention heads")
     add("--spatial-layers", type=int, help="blocks over the token sequence")
     add("--intra-layers", type=int, help="blocks over each token's two sub-tokens")
-    add(
-        "--pre-bits",
-        type=int,
-        default=6,
-        help="bits of the first sub-token; the second has the tokenizer's rest",
-    )
+    add("--pre-bits", type=int, default=6, help="bits of the first sub-token; the second has the tokenizer's rest")
     add("--dropout", type=float, help="dropout probability on tokens, attention and feed-forward outputs")
     add = arguments.add_argument_group("schedule").add_argument
     runtime.add_length_flags(add)
     add("--lr", type=runtime.at_least(0, float), help="peak learning rate of AdamW")
-    add(
-        "--warmup-epochs",
-        type=runtime.at_least(0, float),
-        help="epochs of linear warm-up from 0.005 of the peak",
-    )
+    add("--warmup-epochs", type=runtime.at_least(0, float), help="epochs of linear warm-up from 0.005 of the peak")
     add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
     add = arguments.add_argument_group("memory").add_argument
     add(
@@ -119,9 +101,7 @@ def open_caches(args):
     codes = data.open_codes(args.codes)
     val_codes = data.open_codes(args.val_codes) if args.val_codes else None
     if val_codes and val_codes.manifest["tokenizer_hash"] != codes.manifest["tokenizer_hash"]:
-        raise runtime.UserError(
-            f"{args.val_codes} was made by another tokenizer than {args.codes}; encode it again"
-        )
+        raise runtime.UserError(f"{args.val_codes} was made by another tokenizer than {args.codes}; encode it again")
     if val_codes and val_codes.classes != codes.classes:
         raise runtime.UserError(f"{args.val_codes} has other classes than {args.codes}")
     if val_codes and val_codes.grid != codes.grid:
@@ -134,9 +114,7 @@ def open_caches(args):
     path = Path(args.codes) / "tokenizer.pt"
     tokenizer = load_tokenizer(path)
     if hash_of(tokenizer.state_dict()) != codes.manifest["tokenizer_hash"]:
-        raise runtime.UserError(
-            f"{path} is not the tokenizer that made these codes; encode {args.codes} again"
-        )
+        raise runtime.UserError(f"{path} is not the tokenizer that made these codes; encode {args.codes} again")
     return codes, val_codes, tokenizer
 
 
@@ -155,10 +133,7 @@ def main():
     parts = (args.pre_bits, tokenizer.config.bits - args.pre_bits)
     config = dataclasses.replace(
         AR_SIZES[args.preset],
-        **{
-            name: getattr(args, name)
-            for name in ("width", "heads", "spatial_layers", "intra_layers", "dropout")
-        },
+        **{name: getattr(args, name) for name in ("width", "heads", "spatial_layers", "intra_layers", "dropout")},
         factorized_bits=parts,
         grid=codes.grid[0],
         num_classes=len(codes.classes),
@@ -177,9 +152,7 @@ def main():
     if state:
         changed = changed_settings(state["settings"], settings, MAY_CHANGE)
         if changed and not args.allow_changes:
-            raise runtime.UserError(
-                f"{path}: {changed}; use those settings, another --out, or --allow-changes"
-            )
+            raise runtime.UserError(f"{path}: {changed}; use those settings, another --out, or --allow-changes")
         restore(model, state, "model", path)
         first = state["step"]
 
@@ -198,8 +171,7 @@ def main():
         shard(rt, model, args.precision)
     else:
         rt.share_parameters(model.to(rt.device))
-    # The published code makes two groups, but its schedule then writes the decay into both: all parameters
-    # decay.
+    # The published code makes two groups, but its schedule then writes the decay into both: all parameters decay.
     fused = rt.device.type == "cuda"
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, fused=fused
@@ -220,8 +192,8 @@ def main():
     )
     del state
 
-    # Passes, forward and backward. Graphs go with compiled blocks; sharded ones talk to other processes in
-    # every pass, and together with checkpointed activations nobody has tried them.
+    # Passes, forward and backward. Graphs go with compiled blocks; sharded ones talk to other processes in every pass,
+    # and together with checkpointed activations nobody has tried them.
     gradients = Gradients(rt, model.parameters(), args.shard)
     graphs = Graphs(rt, compiled and plain_blocks)
     share = accumulation * (1 if args.shard else rt.world)  # the micro-batches whose losses a step adds up
@@ -239,11 +211,7 @@ def main():
         guard.check(rt, path)
         carried = {"config": dataclasses.asdict(tokenizer.config), "state": tokenizer.state_dict()}
         content = {"kind": "ar", "step": step, "config": dataclasses.asdict(config), "settings": settings}
-        content |= {
-            "model": whole(rt, model.state_dict()),
-            "class_names": codes.classes,
-            "tokenizer": carried,
-        }
+        content |= {"model": whole(rt, model.state_dict()), "class_names": codes.classes, "tokenizer": carried}
         content |= {"optimizer": whole(rt, optimizer.state_dict()), "scaler": scaler.state_dict()}
         saved = save_checkpoint(out, content, keep_every=args.keep_every) if rt.main else path
         return rt.share(saved)
@@ -275,8 +243,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Forward and backward, micro-batch by micro-batch; gradients travel once, after the last (sharded
-        # ones in each, else all of them would have to be kept everywhere)
+        # Forward and backward, micro-batch by micro-batch; gradients travel once, after the last (sharded ones in each,
+        # else all of them would have to be kept everywhere)
         terms = []
         for i in range(accumulation):
             number = rt.rank * accumulation + i  # of this micro-batch within the global batch
@@ -304,12 +272,7 @@ def main():
             # In float64, so that the same numbers are logged whatever the number of processes
             pre, post = rt.reduce(torch.stack(terms).cpu().double().mean(0).tolist(), "mean")
             log.line(
-                done,
-                loss=pre + post,
-                cross_entropy_pre=pre,
-                cross_entropy_post=post,
-                grad_norm=norm.item(),
-                lr=lr,
+                done, loss=pre + post, cross_entropy_pre=pre, cross_entropy_post=post, grad_norm=norm.item(), lr=lr
             )
         leaving = stop.agreed() and done < total
         if done % args.save_every == 0 or evaluates(done) or leaving:
@@ -317,9 +280,7 @@ def main():
         if evaluates(done):
             evaluate(done)
         if leaving:
-            rt.say(
-                f"stopped by a signal after step {done}; saved {path}. Run the same command again to go on."
-            )
+            rt.say(f"stopped by a signal after step {done}; saved {path}. Run the same command again to go on.")
             break
     log.close()
     rt.say(f"checkpoint {path or 'none'}; pictures in {out / 'samples'}")
@@ -353,9 +314,7 @@ def show_samples(rt, model, tokenizer, args, path):
     labels = classes.repeat_interleave(4).to(rt.device)
     tokenizer.to(rt.device)
     with runtime.autocast(rt.device, args.precision):
-        indices = model.generate(
-            labels, (4.0, 4.0), (1.0, 1.0), (0, 0), (0.96, 0.96), list(range(len(labels)))
-        )
+        indices = model.generate(labels, (4.0, 4.0), (1.0, 1.0), (0, 0), (0.96, 0.96), list(range(len(labels))))
         images = tokenizer.decode(indices.unflatten(1, (model.config.grid, model.config.grid)))
     tokenizer.cpu()
     path.parent.mkdir(exist_ok=True)

@@ -3,10 +3,9 @@
     python train_tokenizer.py --data glyphs --out runs/tokenizer                  # a CPU, minutes, nothing to download
     torchrun --nproc_per_node=8 train_tokenizer.py --preset 256_L --data imagenet/train --val-data imagenet/val
 
-What comes out, under --out: config.json, log.jsonl, step_XXXXXXXX.pt (the last two; everything a resume
-needs, and what load_tokenizer reads), samples/step_XXXXXXXX.png (original above reconstruction, by the moving
-average). Running the same command again goes on from the newest checkpoint, to the very weights of a run
-never stopped.
+What comes out, under --out: config.json, log.jsonl, step_XXXXXXXX.pt (the last two; everything a resume needs, and what
+load_tokenizer reads), samples/step_XXXXXXXX.png (original above reconstruction, by the moving average). Running the
+same command again goes on from the newest checkpoint, to the very weights of a run never stopped.
 """
 
 import argparse
@@ -25,8 +24,8 @@ from fid import psnr
 from passes import Gradients, Graphs
 from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig
 
-# The paper's settings for 256_L and 128_L. tiny is ours: legible glyphs in minutes on a CPU, with neither
-# LPIPS nor discriminator, whose networks are many times larger than itself.
+# The paper's settings for 256_L and 128_L. tiny is ours: legible glyphs in minutes on a CPU, with neither LPIPS nor
+# discriminator, whose networks are many times larger than itself.
 _PAPER = {"global_batch": 256, "micro_batch": 8, "lr": 1e-4, "ema": 0.999, "steps": 0}
 _PAPER |= {"lpips": "published", "gan_weight": 0.1, "entropy_weight": 0.1}
 PRESETS = {
@@ -52,17 +51,10 @@ for name, preset in PRESETS.items():
     preset |= {"channels": size.channels, "multipliers": list(size.channel_multipliers)}
     preset |= {"blocks": size.blocks_per_level, "bits": size.bits}
 
-# Settings that a resumed run may change freely. They leave the weights alone, up to rounding; but for the
-# micro-batch, over which codebook entropy and BatchNorm go, and which the memory at hand may dictate.
+# Settings that a resumed run may change freely. They leave the weights alone, up to rounding; but for the micro-batch,
+# over which codebook entropy and BatchNorm go, and which the memory at hand may dictate.
 MAY_CHANGE = {"out", "workers", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
-MAY_CHANGE |= {
-    "val_data",
-    "compile",
-    "allow_changes",
-    "micro_batch",
-    "preset",
-    "data",
-}  # its contents are compared
+MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset", "data"}  # its contents are compared
 
 
 def parse(argv=None):
@@ -72,35 +64,19 @@ def parse(argv=None):
         "  torchrun --nproc_per_node=8 train_tokenizer.py --preset 256_L --data imagenet/train --out runs/256_L",
     )
     add = arguments.add_argument_group("data").add_argument
-    add(
-        "--data",
-        default="glyphs",
-        help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in",
-    )
+    add("--data", default="glyphs", help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in")
     add("--val-data", help="the same, for PSNR and the reconstruction pictures; --data where it is not given")
     add("--size", type=runtime.at_least(1), help="side of the training crops, pixels")
     add("--workers", type=runtime.at_least(0), default=2, help="loader processes per device")
     add("--seed", type=runtime.at_least(0), default=0, help="of initialisation, order, crops")
     add = arguments.add_argument_group("model").add_argument
-    add(
-        "--preset",
-        default="tiny",
-        help="size and settings: tiny, 128_L or 256_L; the flags below override it",
-    )
+    add("--preset", default="tiny", help="size and settings: tiny, 128_L or 256_L; the flags below override it")
     add("--channels", type=int, help="width at full resolution, a multiple of 32")
-    add(
-        "--multipliers",
-        type=int,
-        nargs="+",
-        help="width of each level over --channels; resolution halves between",
-    )
+    add("--multipliers", type=int, nargs="+", help="width of each level over --channels; resolution halves between")
     add("--blocks", type=int, help="ResBlocks a level")
     add("--bits", type=int, help="latent channels K, for 2^K codes")
     add = arguments.add_argument_group("objective").add_argument
-    add(
-        "--lpips",
-        help="LPIPS weights: 'published' (downloaded), a file that holds them, or 'none' for no LPIPS",
-    )
+    add("--lpips", help="LPIPS weights: 'published' (downloaded), a file that holds them, or 'none' for no LPIPS")
     add(
         "--gan-weight",
         type=runtime.at_least(0, float),
@@ -143,9 +119,8 @@ def main():
     args = parse()
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
-    # Try out convolution algorithms: few shapes, run often. Each process may find another one the fastest, so
-    # scripts that make codes, pictures or published metrics don't; validation's figures here may move in
-    # their last digits.
+    # Try out convolution algorithms: few shapes, run often. Each process may find another one the fastest, so scripts
+    # that make codes, pictures or published metrics don't; validation's figures here may move in their last digits.
     torch.backends.cudnn.benchmark = True
     accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
 
@@ -157,13 +132,9 @@ def main():
     tokenizer = Tokenizer(config).to(rt.device)
     tokenizer.quantizer.global_batch = args.global_entropy
     if args.size % config.factor:
-        raise runtime.UserError(
-            f"--size {args.size} is not a multiple of {config.factor}, the tokenizer's factor"
-        )
+        raise runtime.UserError(f"--size {args.size} is not a multiple of {config.factor}, the tokenizer's factor")
     if args.gan_weight and args.size < 24:
-        raise runtime.UserError(
-            f"--size {args.size}: the discriminator needs 24 pixels; or use --gan-weight 0"
-        )
+        raise runtime.UserError(f"--size {args.size}: the discriminator needs 24 pixels; or use --gan-weight 0")
     lpips = discriminator = None
     if args.lpips != "none":
         lpips = losses.load_lpips("vgg", None if args.lpips == "published" else args.lpips)
@@ -195,9 +166,7 @@ def main():
     if state:
         changed = changed_settings(state["settings"], settings, MAY_CHANGE)
         if changed and not args.allow_changes:
-            raise runtime.UserError(
-                f"{path}: {changed}; use those settings, another --out, or --allow-changes"
-            )
+            raise runtime.UserError(f"{path}: {changed}; use those settings, another --out, or --allow-changes")
         with runtime.reading(path, "a checkpoint of this run"):
             for name, module in trained.items():
                 restore(module, state, name, path)
@@ -267,15 +236,7 @@ def main():
     log = runtime.RunLog(rt, out, total, first, args.global_batch)
     stop, guard, bad = runtime.StopSignal(rt), runtime.FiniteGuard(rt.device), data.BadPictures(pictures)
     batches = data.training_batches(
-        pictures,
-        args.seed,
-        args.global_batch,
-        args.micro_batch,
-        rt.rank,
-        rt.world,
-        first,
-        total,
-        args.workers,
+        pictures, args.seed, args.global_batch, args.micro_batch, rt.rank, rt.world, first, total, args.workers
     )
     trained.train()
     if first and evaluates(first) and not log.has_note(first):
@@ -332,9 +293,7 @@ def main():
         if evaluates(done):
             evaluate(done)
         if leaving:
-            rt.say(
-                f"stopped by a signal after step {done}; saved {path}. Run the same command again to go on."
-            )
+            rt.say(f"stopped by a signal after step {done}; saved {path}. Run the same command again to go on.")
             break
     log.close()
     rt.say(bad.report(rt.gather(bad.seen)))
@@ -343,9 +302,8 @@ def main():
 
 @torch.no_grad()
 def measure(rt, tokenizer, pictures, args, grid_path):
-    """Mean PSNR per picture (dB, truncated uint8) and codebook use of the averaged weights over validation
-    pictures, shared out over ranks; the main process also writes the first eight, original above
-    reconstruction."""
+    """Mean PSNR per picture (dB, truncated uint8) and codebook use of the averaged weights over validation pictures,
+    shared out over ranks; the main process also writes the first eight, original above reconstruction."""
     count = min(args.eval_pictures, len(pictures))
     chosen = torch.linspace(0, len(pictures) - 1, count).long().tolist()  # spread over all classes
     batches = data.evaluation_batches(pictures, args.micro_batch, rt.rank, rt.world, args.workers, chosen)

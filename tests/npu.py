@@ -1,9 +1,9 @@
 """A stand-in for an Ascend NPU: attach() makes the device type `npu` and the process group backend `hccl`.
 
-Operators run on the CPU, collectives through gloo, and random numbers come from the CPU's generator. Refused
-are float64, and tensors on the CPU beside the device's. As with an older torch_npu, neither torch.Event nor
-torch.accelerator.synchronize works. Not modelled: mixed precision, copies that do not wait, streams, memory,
-more than one device per process.
+Operators run on the CPU, collectives through gloo, and random numbers come from the CPU's generator. Refused are
+float64, and tensors on the CPU beside the device's. As with an older torch_npu, neither torch.Event nor
+torch.accelerator.synchronize works. Not modelled: mixed precision, copies that do not wait, streams, memory, more than
+one device per process.
 """
 
 import functools

@@ -49,12 +49,10 @@ def server():
 
 
 def fork(folder, script, *flags, prepare=None, **variables):
-    """Start a script as its command line would, in a forked process, whose output goes to files in `folder`.
-    prepare: a function of a test module that it calls first. variables: further ones of its environment."""
+    """Start a script as its command line would, in a forked process, whose output goes to files in `folder`. prepare: a
+    function of a test module that it calls first. variables: further ones of its environment."""
     words = [str(ROOT / script), *map(str, flags)]
-    child = server().Process(
-        target=_script, args=(folder, os.getcwd(), environment() | variables, words, prepare)
-    )
+    child = server().Process(target=_script, args=(folder, os.getcwd(), environment() | variables, words, prepare))
     child.start()
     return child
 
@@ -72,8 +70,8 @@ def _script(folder, cwd, variables, words, prepare):
 
 
 def run(script, *flags, processes=1, code=0, prepare=None):
-    """Run to the end, as one process or as ranks that are told what torchrun would tell them; checks the exit
-    code; returns the completed process with its text (the ranks' texts one after the other)."""
+    """Run to the end, as one process or as ranks that are told what torchrun would tell them; checks the exit code;
+    returns the completed process with its text (the ranks' texts one after the other)."""
     with tempfile.TemporaryDirectory() as folder:
         folders, children, launch = [Path(folder, str(rank)) for rank in range(processes)], [], {}
         for rank, own in enumerate(folders):
@@ -106,8 +104,8 @@ def fails_with_one_line(script, *flags, **options):
 
 
 def start(script, *flags, processes=1):
-    """Start in the background, by the command line (torchrun's where there are several processes), in a
-    process group of its own (so that a test can kill all of it)."""
+    """Start in the background, by the command line (torchrun's where there are several processes), in a process group
+    of its own (so that a test can kill all of it)."""
     return subprocess.Popen(
         command(script, *flags, processes=processes),
         stdout=subprocess.PIPE,

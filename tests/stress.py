@@ -1,13 +1,11 @@
-"""Kill training runs again and again, and see whether they end as a run that nothing touched. Not run by
-pytest.
+"""Kill training runs again and again, and see whether they end as a run that nothing touched. Not run by pytest.
 
     python tests/stress.py --kills 20 --seed 0        # a quarter of an hour on 2 CPU cores
 
-Both training scripts run for as many steps as the kills need, alternately as one process and as two under
-torchrun. Each is ended at a random moment: by SIGTERM; by SIGKILL of everything, as when a host goes down;
-or, under torchrun, by SIGKILL of one rank. Then weights, averages, optimizers and the log are compared bit
-for bit with the run that was left alone on one process. Exit code 1 where anything differs.
-"""
+Both training scripts run for as many steps as the kills need, alternately as one process and as two under torchrun.
+Each is ended at a random moment: by SIGTERM; by SIGKILL of everything, as when a host goes down; or, under torchrun, by
+SIGKILL of one rank. Then weights, averages, optimizers and the log are compared bit for bit with the run that was left
+alone on one process. Exit code 1 where anything differs."""
 
 import argparse
 import os
@@ -25,12 +23,9 @@ from scripts import assert_equal, log_lines, run, start
 
 from checkpoint import checkpoints, read_weights
 
-# Two micro-batches a step, or one on each of two processes. 48 pictures are evaluated: full batches on
-# either.
+# Two micro-batches a step, or one on each of two processes. 48 pictures are evaluated: full batches on either.
 SHARED = "--global-batch 8 --micro-batch 4 --save-every 3 --log-every 1 --eval-every 5 --eval-pictures 48 --lr 1e-3"
-TOKENIZER = (
-    "--data glyphs:60:AB --size 24 --channels 32 --multipliers 1 1 --blocks 1 --precision fp32 --workers 1"
-)
+TOKENIZER = "--data glyphs:60:AB --size 24 --channels 32 --multipliers 1 1 --blocks 1 --precision fp32 --workers 1"
 TOKENIZER += " --gan-weight 0.1 --lecam-weight 0.05 --ema 0.9 " + SHARED
 AR = "--width 32 --heads 2 --spatial-layers 2 --intra-layers 1 --dropout 0.1 " + SHARED
 
@@ -65,25 +60,16 @@ def kill(numbers, number=signal.SIGKILL):
 
 
 def steps_logged(folder):
-    return (
-        max((line["step"] for line in log_lines(folder)), default=0) if (folder / "log.jsonl").exists() else 0
-    )
+    return max((line["step"] for line in log_lines(folder)), default=0) if (folder / "log.jsonl").exists() else 0
 
 
 def torture(script, flags, folder, kills, seed, processes=(1, 2), steps=None):
-    """Run `script` whole and tortured; returns a dict of what happened: counts, and "equal" (True, or what
-    differs)."""
+    """Run `script` whole and tortured; returns a dict of what happened: counts, and "equal" (True, or what differs)."""
     rng = random.Random(seed)
     flags = [*flags, "--steps", steps or 10 + 4 * kills]
     whole, out = folder / "whole", folder / "killed"
     run(script, *flags, "--out", whole)
-    counts = {
-        "SIGTERM": 0,
-        "SIGKILL of all": 0,
-        "SIGKILL of one rank": 0,
-        "restarts": 0,
-        "steps lost at most": 0,
-    }
+    counts = {"SIGTERM": 0, "SIGKILL of all": 0, "SIGKILL of one rank": 0, "restarts": 0, "steps lost at most": 0}
     for round_ in range(10 * kills):
         if sum(list(counts.values())[:3]) == kills:
             break
@@ -120,8 +106,7 @@ def torture(script, flags, folder, kills, seed, processes=(1, 2), steps=None):
 
 
 def compare(whole, out):
-    """True, or the first thing that differs. BatchNorm's running means, which belong to a process, are left
-    out."""
+    """True, or the first thing that differs. BatchNorm's running means, which belong to a process, are left out."""
     try:
         states = []
         for path in (checkpoints(whole)[-1], checkpoints(out)[-1]):
@@ -140,18 +125,14 @@ def compare(whole, out):
 
 
 def main():
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--kills", type=int, default=20, help="of each script")
     arguments.add_argument("--seed", type=int, default=0, help="of the moments and kinds")
     args = arguments.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="stress"))
     began = time.monotonic()
     results = {
-        "train_tokenizer.py": torture(
-            "train_tokenizer.py", TOKENIZER.split(), folder / "I", args.kills, args.seed
-        )
+        "train_tokenizer.py": torture("train_tokenizer.py", TOKENIZER.split(), folder / "I", args.kills, args.seed)
     }
     codes = make_codes(folder)
     flags = ["--codes", codes, "--val-codes", codes, *AR.split()]

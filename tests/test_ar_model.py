@@ -43,7 +43,7 @@ def tokens(batch, count, config=TINY, seed=0):
     return [torch.randint(2**bits, (batch, count), generator=generator) for bits in config.factorized_bits]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Golden files
 
 
@@ -112,16 +112,10 @@ def test_schedule_defaults_and_ends():
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("size", [0.01, 10.0, math.nan, math.inf])
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ],
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_clipping_in_the_step(device, size, scaled):
-    """Gradients of norms below and above 1, and not finite, with and without a GradScaler: as torch's own
-    clipping; nothing of it is saved."""
+    """Gradients of norms below and above 1, and not finite, with and without a GradScaler: as torch's own clipping;
+    nothing of it is saved."""
     weights, norms, states = [], [], []
     for in_step in (False, True):
         torch.manual_seed(0)
@@ -165,7 +159,7 @@ def test_golden_training():
         assert relative(model.get_parameter(name.removeprefix("param.")), golden[name]) < 1e-6, name
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Size, names, initialisation
 
 
@@ -199,14 +193,7 @@ def test_initialisation():
 def test_config():
     for size in AR_SIZES.values():
         assert ARConfig(**json.loads(json.dumps(dataclasses.asdict(size)))) == size
-    faults = {
-        "width": 100,
-        "heads": 5,
-        "spatial_layers": 0,
-        "factorized_bits": (18,),
-        "grid": 0,
-        "dropout": 1,
-    }
+    faults = {"width": 100, "heads": 5, "spatial_layers": 0, "factorized_bits": (18,), "grid": 0, "dropout": 1}
     for name, value in faults.items():
         with pytest.raises(UserError, match=name.split("_")[0]):
             dataclasses.replace(AR_SIZES["tiny"], **{name: value})
@@ -244,7 +231,7 @@ def test_fewer_tokens_than_the_grid_and_too_many():
         model(tokens(2, 17), labels)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Dropout
 
 
@@ -278,9 +265,7 @@ def test_class_dropout():
 def test_dropout_places(monkeypatch):
     """Doubling what passes a dropout is the same as doubling the weights that feed it, for each in turn."""
     model, sub_indices, labels = tiny(), tokens(2, 16), torch.tensor([3, 4])
-    blocks = [
-        f"{kind}.{i}." for kind, n in (("spatial_blocks", 3), ("factorized_blocks", 2)) for i in range(n)
-    ]
+    blocks = [f"{kind}.{i}." for kind, n in (("spatial_blocks", 3), ("factorized_blocks", 2)) for i in range(n)]
     places = [["pre_emb", "post_emb", "class_emb.embedding_table"]]  # the token sequence, the class with it
     places += [[block + layer] for block in blocks for layer in ("attention.wo", "feed_forward.w2")]
     calls = []
@@ -316,7 +301,7 @@ def test_dropout_is_real_and_follows_the_seed():
     assert relative(outputs[0], model.eval()(sub_indices, labels)[0]) > 0.01
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Generation
 
 
@@ -351,9 +336,7 @@ SETTINGS = {
 def test_cached_generation_equals_full_forward_passes(setting, monkeypatch):
     options = SETTINGS[setting]
     model, labels, seeds, count = tiny(), torch.tensor([1, 7]), [11, 12], 16
-    uniforms = [
-        torch.rand(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds
-    ]
+    uniforms = [torch.rand(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
     sub_indices, slow_logits = [torch.zeros(2, count, dtype=torch.int64) for _ in range(2)], []
     for t in range(count):
         for part in (0, 1):
@@ -397,10 +380,7 @@ def test_an_image_does_not_depend_on_its_batch():
     model, labels, seeds = tiny(), torch.arange(8), [100, 7, 2**62, 0, 5, 6, 8, 9]
     whole = model.generate(labels, (1.5, 1.5), seeds=seeds)
     for size in (1, 3):
-        parts = [
-            model.generate(labels[i : i + size], (1.5, 1.5), seeds=seeds[i : i + size])
-            for i in range(0, 8, size)
-        ]
+        parts = [model.generate(labels[i : i + size], (1.5, 1.5), seeds=seeds[i : i + size]) for i in range(0, 8, size)]
         assert torch.equal(torch.cat(parts), whole)
     same_class = model.generate(torch.tensor([1, 1]), seeds=[1, 2])
     assert not torch.equal(same_class[0], same_class[1])
@@ -426,10 +406,7 @@ def test_generation_waits_for_nothing_inside_the_token_loop():
         count = 0
 
         def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-            self.count += function in (
-                torch.ops.aten._local_scalar_dense.default,
-                torch.ops.aten.nonzero.default,
-            )
+            self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
             return function(*args, **(kwargs or {}))
 
     counts = []
@@ -452,9 +429,7 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite():
 def test_generation_under_autocast(monkeypatch):
     """bfloat16 keeps 8 bits: the first logits agree to parts in a hundred, and the cache is bfloat16."""
     seen, sample = [], ar_model._sample
-    monkeypatch.setattr(
-        ar_model, "_sample", lambda logits, *rest: seen.append(logits) or sample(logits, *rest)
-    )
+    monkeypatch.setattr(ar_model, "_sample", lambda logits, *rest: seen.append(logits) or sample(logits, *rest))
     model = tiny()
     model.generate(torch.tensor([1, 2]), (2.0, 2.0), max_tokens=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -471,8 +446,8 @@ def test_draw_against_a_direct_search():
     expected = [numpy_draw(row, u.item(), 1.0, 0, 1.0) for row, u in zip(logits, uniforms)]
     assert ar_model.draw(logits, uniforms).tolist() == expected
     assert len(set(expected)) > 30
-    # Just below and just above the place where one entry ends, in a vocabulary of the post size: float32
-    # would not tell them apart.
+    # Just below and just above the place where one entry ends, in a vocabulary of the post size: float32 would not tell
+    # them apart.
     logits = torch.randn(100, 4096, generator=generator) * 0.1
     cumulative = np.exp(logits.double().numpy()).cumsum(1)
     for step, answer in ((-1e-12, 3000), (1e-12, 3001)):
@@ -549,13 +524,13 @@ def test_top_p_always_keeps_one_and_ties():
     assert kept.tolist() == [[True] * 3] * 2  # top-k keeps what equals the k-th
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reading files
 
 
 def released_file(path, size="B", change=None, container=True, **extra):
-    """A file with a released file's entries. Each is constant, so that it is small on disk: entry i of the
-    list holds the value i."""
+    """A file with a released file's entries. Each is constant, so that it is small on disk: entry i of the list holds
+    the value i."""
     entries = {
         name: torch.full((1,), float(i)).expand(shape) if shape else torch.tensor(float(i))
         for i, (name, (shape, _)) in enumerate(checkpoint_keys(f"AR_256_{size}.ckpt").items())
@@ -609,14 +584,8 @@ NAME = "transformer.spatial_blocks.3.feed_forward.w2.weight"
         (lambda e: e.update({"transformer.extra": torch.ones(3)}), ["entry extra is unexpected"]),
         (lambda e: e.update({"loss.x": torch.ones(3)}), ["entry loss.x is unexpected"]),
         (lambda e: e.update({NAME: 3}), ["w2.weight is not a tensor"]),
-        (
-            lambda e: e.update({NAME.removeprefix("transformer."): torch.ones(1024, 2816)}),
-            ["w2.weight twice"],
-        ),
-        (
-            lambda e: e.pop("transformer.class_emb.embedding_table.weight"),
-            ["class_emb.embedding_table.weight"],
-        ),
+        (lambda e: e.update({NAME.removeprefix("transformer."): torch.ones(1024, 2816)}), ["w2.weight twice"]),
+        (lambda e: e.pop("transformer.class_emb.embedding_table.weight"), ["class_emb.embedding_table.weight"]),
         (lambda e: e.pop("first_stage_model.decoder.conv_in.weight"), ["decoder.conv_in.weight is missing"]),
     ],
 )

@@ -99,12 +99,7 @@ def test_block_numbers_in_names(tmp_path, name):
     + [{"factorized_bits": n} for n in ((6, 60), (29, 1), (6.0, 12), 5)],
 )
 def test_sizes_of_a_transformer_that_the_file_does_not_hold(tmp_path, config):
-    content = {
-        "kind": "ar",
-        "config": dataclasses.asdict(AR) | config,
-        "class_names": None,
-        "tokenizer": None,
-    }
+    content = {"kind": "ar", "config": dataclasses.asdict(AR) | config, "class_names": None, "tokenizer": None}
     torch.save(content | {"model": ARTransformer(AR).state_dict()}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="x.pt"):
         load_ar(tmp_path / "x.pt")

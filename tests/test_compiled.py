@@ -1,5 +1,4 @@
-"""What --compile compiles, on the CPU: against golden files and the same modules uncompiled. Needs a C++
-compiler."""
+"""What --compile compiles, on the CPU: against golden files and the same modules uncompiled. Needs a C++ compiler."""
 
 import os
 import shutil

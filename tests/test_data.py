@@ -49,7 +49,7 @@ def entries_in(batches):
     return [tuple(image.flatten()[:2].tolist()) for images, *_ in batches for image in images]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Pixels
 
 
@@ -105,7 +105,7 @@ def test_levels():
     assert data.to_uint8(torch.tensor([0.01171875], dtype=torch.bfloat16)).tolist() == [128]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Folders
 
 
@@ -189,7 +189,7 @@ def test_identity_is_of_what_a_folder_holds_not_of_where_it_lies(tmp_path, monke
     assert len(same | glyphs) == 7 and of("glyphs:9:AB") in glyphs
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Odd and unreadable pictures
 
 
@@ -202,10 +202,7 @@ def test_only_plain_files_of_the_named_formats_are_opened(tmp_path):
     path = tmp_path / "x.png"
     for foreign in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 30\n%%EndComments\n", b"", b"text"):
         path.write_bytes(foreign)
-        assert (
-            "not a picture that Pillow reads as AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"
-            in reason(path)
-        )
+        assert "not a picture that Pillow reads as AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP" in reason(path)
     Image.new("RGB", (20, 20)).save(path, format="ICO")
     assert "not a picture" in reason(path)
     path.unlink()
@@ -229,9 +226,7 @@ def text_of(length):
 
 @pytest.mark.parametrize("kind", ["float32", "int32", "uint32", "int16"])
 def test_grey_whose_range_is_not_known_is_refused(tmp_path, kind):
-    Image.fromarray(np.full((20, 20), 200, np.float32 if kind == "float32" else np.int32)).save(
-        tmp_path / "x.tif"
-    )
+    Image.fromarray(np.full((20, 20), 200, np.float32 if kind == "float32" else np.int32)).save(tmp_path / "x.tif")
     tags = {"uint32": (32, 1), "int16": (16, 2)}
     if kind in tags:  # Pillow does not write these
         bits, form = tags[kind]
@@ -296,11 +291,7 @@ def test_odd_pictures_are_read_as_what_they_show(tmp_path, recwarn):
     for shape in ((20_000, 1), (1, 20_000)):
         with pytest.raises(ValueError, match="enlarged to size it would have 1311 million pixels"):
             level(Image.new("RGB", shape), size=256, format="PNG")
-    assert level(Image.new("RGB", (20, 20), (0, 0, 0)), format="JPEG", exif=b"Exif\0\0II*\0\xff\xff") == (
-        0,
-        0,
-        0,
-    )
+    assert level(Image.new("RGB", (20, 20), (0, 0, 0)), format="JPEG", exif=b"Exif\0\0II*\0\xff\xff") == (0, 0, 0)
     assert [str(warning.message) for warning in recwarn] == []
 
 
@@ -364,7 +355,7 @@ def test_more_than_one_percent_unreadable_stops(tmp_path, capsys):
     assert bad.report() == "unreadable pictures: 2 (class/0007.png, class/0150.png)"
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Order and batches
 
 
@@ -393,9 +384,7 @@ def spy_steps(rank=0, world=1, micro_batch=3, first=0, total=9):
 
 def test_training_goes_on_where_it_stopped():
     whole = spy_steps()
-    assert len(whole) == 9 and [entry for step in whole for entry in step] == data.SampleOrder(20, 1).at(
-        0, 9 * 12
-    )
+    assert len(whole) == 9 and [entry for step in whole for entry in step] == data.SampleOrder(20, 1).at(0, 9 * 12)
     for first in (1, 4, 8):
         assert spy_steps(first=first) == whole[first:]
 
@@ -488,13 +477,10 @@ def test_evaluation_takes_every_readable_picture_once(tmp_path, world, workers):
 
 def test_evaluation_of_some_pictures_with_several_crops():
     batches = list(data.evaluation_batches(Spy(20), 2, indices=[3, 5, 9], crops=2))
-    assert [entries_in([batch]) for batch in batches] == [
-        [(0, 3), (1, 3), (0, 5), (1, 5)],
-        [(0, 9), (1, 9)],
-    ]
+    assert [entries_in([batch]) for batch in batches] == [[(0, 3), (1, 3), (0, 5), (1, 5)], [(0, 9), (1, 9)]]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Glyphs
 
 
@@ -502,11 +488,7 @@ def test_glyphs_are_a_function_of_seed_stream_and_number():
     a, b = (data.open_pictures("glyphs:50:ABC", 32, train=True, seed=4) for _ in range(2))
     for i in (0, 7, 49):
         image, label, index, reason = a[0, i]
-        assert (
-            image.dtype == torch.uint8
-            and image.shape == (3, 32, 32)
-            and (label, index, reason) == (i % 3, i, "")
-        )
+        assert image.dtype == torch.uint8 and image.shape == (3, 32, 32) and (label, index, reason) == (i % 3, i, "")
         assert torch.equal(image, b[9, i][0])
     others = [
         data.open_pictures("glyphs:50:ABC", 32, train=False, seed=4)[0, 7][0],
@@ -522,15 +504,7 @@ def test_glyph_sources():
     assert len(default) == 50_000 and "".join(default.classes) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
     assert default.name(17) == "glyph 17"
     assert len(data.open_pictures("glyphs:12", 16, train=True)) == 12
-    for wrong in (
-        "glyphs:",
-        "glyphs:0",
-        "glyphs:x",
-        "glyphs:5:",
-        "glyphs:5:A B",
-        "glyphs:5:AA",
-        "glyphs:5:A:B",
-    ):
+    for wrong in ("glyphs:", "glyphs:0", "glyphs:x", "glyphs:5:", "glyphs:5:A B", "glyphs:5:AA", "glyphs:5:A:B"):
         with pytest.raises(UserError, match="glyph"):
             data.open_pictures(wrong, 32, train=True)
     with pytest.raises(UserError, match="at least 16"):
@@ -583,7 +557,7 @@ def test_picture_grid():
     assert (sheet[4:6] == 230).all() and (sheet[12:, 8:] == 230).all()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The code cache
 
 SETTINGS = {
@@ -620,11 +594,7 @@ def content(folder):
 def test_cache_round_trip(tmp_path):
     codes = data.open_codes(complete_cache(tmp_path / "a" / "cache"))
     readable = [0, 1, 2, 4, 5, 6, 7, 8]
-    assert (
-        len(codes) == 8
-        and codes.rows.tolist() == readable
-        and codes.labels.tolist() == [0, 1, 0, 0, 1, 0, 1, 0]
-    )
+    assert len(codes) == 8 and codes.rows.tolist() == readable and codes.labels.tolist() == [0, 1, 0, 0, 1, 0, 1, 0]
     assert codes.classes == ["x", "y"] and codes.grid == (2, 3) and codes.manifest["tokenizer_hash"] == "abc"
     assert codes.codes.shape == (9, 2, 6) and (codes.codes[readable] == CODES[readable]).all()
     on_file = np.frombuffer((tmp_path / "a" / "cache" / "labels.bin").read_bytes(), "<i4")
@@ -694,8 +664,7 @@ def test_a_label_is_set_only_after_its_codes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, value",
-    [("tokenizer_hash", "def"), ("crops", 0), ("seed", 1), ("count", 8), ("classes", ["x", "z"])],
+    "name, value", [("tokenizer_hash", "def"), ("crops", 0), ("seed", 1), ("count", 8), ("classes", ["x", "z"])]
 )
 def test_a_cache_made_otherwise_is_refused(tmp_path, name, value):
     complete_cache(tmp_path)
@@ -726,14 +695,7 @@ def test_damaged_and_foreign_caches_are_refused(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
     with pytest.raises(UserError, match="newer version"):
         data.open_codes(tmp_path)
-    wrongs = [
-        {"crops": None},
-        {"version": "one"},
-        {"grid": [4]},
-        {"grid": [2, 3, 1]},
-        {"grid": 6},
-        {"count": -9},
-    ]
+    wrongs = [{"crops": None}, {"version": "one"}, {"grid": [4]}, {"grid": [2, 3, 1]}, {"grid": 6}, {"count": -9}]
     wrongs += [{"count": 10**30}, {"count": 9.0}, {"classes": "xy"}, {"classes": [1, 2]}, {"classes": []}]
     for wrong in [*wrongs, {"bits": 99}, {"bits": "18"}]:
         (tmp_path / "manifest.json").write_text(json.dumps(manifest | wrong))

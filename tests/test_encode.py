@@ -110,11 +110,7 @@ def test_a_complete_cache_is_left_alone(tokenizer_file, pictures, tmp_path, enco
     encode_here(tokenizer_file, pictures, tmp_path)
     before = content(tmp_path)
     assert "already complete: 101 pictures" in encode_here(tokenizer_file, pictures, tmp_path)
-    for changed, name in [
-        ("--raw", "tokenizer_hash"),
-        ("--crops=2", "crops"),
-        ("--precision=bf16", "precision"),
-    ]:
+    for changed, name in [("--raw", "tokenizer_hash"), ("--crops=2", "crops"), ("--precision=bf16", "precision")]:
         with pytest.raises(UserError, match=f"made with .*{name}"):
             encode_here(tokenizer_file, pictures, tmp_path, changed)
     os.rename(pictures / "a" / "000.png", pictures / "a" / "0000.png")
@@ -149,8 +145,7 @@ def test_stopped_anywhere_the_same_command_goes_on(tokenizer_file, tmp_path, enc
         script = start("encode.py", *flags(tokenizer_file, source, folder, "--batch", 2, "--workers", 1))
         deadline = time.monotonic() + 60
         while not (
-            (folder / "manifest.json").exists()
-            and (np.fromfile(folder / "labels.bin", np.int32) >= 0).sum() >= 10
+            (folder / "manifest.json").exists() and (np.fromfile(folder / "labels.bin", np.int32) >= 0).sum() >= 10
         ):
             assert time.monotonic() < deadline and script.poll() is None, script.communicate()
             time.sleep(0.005)
@@ -188,7 +183,5 @@ def test_too_many_unreadable_pictures_stop_it(tokenizer_file, tmp_path, encode_h
     with pytest.raises(UserError, match="more than 1% of the 6 pictures"):
         encode_here(tokenizer_file, tmp_path, tmp_path / "out", "--unlabelled")
     Image.new("RGB", (16, 16)).save(tmp_path / "4.png")  # repaired: it is tried again
-    assert "unreadable pictures: none" in encode_here(
-        tokenizer_file, tmp_path, tmp_path / "out", "--unlabelled"
-    )
+    assert "unreadable pictures: none" in encode_here(tokenizer_file, tmp_path, tmp_path / "out", "--unlabelled")
     assert data.open_codes(tmp_path / "out").labels.tolist() == [0] * 6

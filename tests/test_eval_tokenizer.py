@@ -42,15 +42,12 @@ def files(tmp_path_factory):
     lpips = {network: fill(LPIPS(network), f"{network}.", keep=STATISTICS) for network in ("vgg", "alex")}
     for network, module in lpips.items():
         torch.save(module.state_dict(), folder / f"{network}.pt")
-    return SimpleNamespace(
-        folder=folder, raw=raw.eval(), average=average.eval(), inception=inception, lpips=lpips
-    )
+    return SimpleNamespace(folder=folder, raw=raw.eval(), average=average.eval(), inception=inception, lpips=lpips)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As in the scripts' processes: with more, some convolutions add in another order, and a code may tip
-    over."""
+    """As in the scripts' processes: with more, some convolutions add in another order, and a code may tip over."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -89,8 +86,8 @@ def centre_crops(files):
 
 @torch.no_grad()
 def rebuilt(tokenizer, images):
-    """Float, clamped reconstructions and the indices. By threes, as the script is told below: in batches of
-    other sizes the last bit may differ, and with it the level that a value is truncated to."""
+    """Float, clamped reconstructions and the indices. By threes, as the script is told below: in batches of other sizes
+    the last bit may differ, and with it the level that a value is truncated to."""
     parts = [tokenizer(batch / 127.5 - 1)[:2] for batch in images.split(3)]
     return torch.cat([y for y, _ in parts]).clamp(-1, 1), torch.cat([indices for _, indices in parts])
 
@@ -129,14 +126,7 @@ def test_infinite_values_are_counted_not_averaged():
 
 def test_every_number_on_two_processes(files, tmp_path):
     flags = ["--size", 32, "--batch", 3, "--workers", 0, "--inception", files.folder / "inception.pth"]
-    flags += [
-        "--lpips-vgg",
-        files.folder / "vgg.pt",
-        "--lpips-alex",
-        files.folder / "alex.pt",
-        "--out",
-        tmp_path,
-    ]
+    flags += ["--lpips-vgg", files.folder / "vgg.pt", "--lpips-alex", files.folder / "alex.pt", "--out", tmp_path]
     words = run("eval_tokenizer.py", *named(files), *flags, processes=2).stdout
     found = json.loads((tmp_path / "metrics.json").read_text())
 
@@ -163,14 +153,7 @@ def test_every_number_on_two_processes(files, tmp_path):
     assert found["bits per pixel"] == 10 / 4
     assert found["pictures"] == 6
 
-    for text in (
-        "truncated",
-        "half-pixel",
-        "NOT the published file",
-        "cpu x 2",
-        f"{used} of 1024 codes",
-        "biased",
-    ):
+    for text in ("truncated", "half-pixel", "NOT the published file", "cpu x 2", f"{used} of 1024 codes", "biased"):
         assert text in words
     sheet = torch.from_numpy(np.array(Image.open(tmp_path / "reconstructions.png"))).permute(2, 0, 1)
     # The main process's first batch of three: originals above, reconstructions below, two pixels between.
@@ -180,9 +163,7 @@ def test_every_number_on_two_processes(files, tmp_path):
 
 def test_without_networks_the_rest_is_measured(evaluate, files, tmp_path, capsys):
     found = evaluate()
-    error = errors(
-        centre_crops(files), (255 * (rebuilt(files.average, centre_crops(files))[0] + 1) / 2).byte()
-    )
+    error = errors(centre_crops(files), (255 * (rebuilt(files.average, centre_crops(files))[0] + 1) / 2).byte())
     assert found["PSNR"] == pytest.approx((-10 * np.log10(error)).mean(), rel=1e-6)
     printed = capsys.readouterr().out
     for name, file in [

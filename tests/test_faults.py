@@ -18,17 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import (
-    assert_equal,
-    command,
-    environment,
-    fails_with_one_line,
-    log_lines,
-    run,
-    server,
-    start,
-    wait_for,
-)
+from scripts import assert_equal, command, environment, fails_with_one_line, log_lines, run, server, start, wait_for
 from stress import AR, TOKENIZER, children, compare, torture
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -36,9 +26,7 @@ import checkpoint
 import data
 import runtime
 
-TOKENIZER = (
-    TOKENIZER.replace("--workers 1", "--workers 0").replace("--save-every 3", "--save-every 1").split()
-)
+TOKENIZER = TOKENIZER.replace("--workers 1", "--workers 0").replace("--save-every 3", "--save-every 1").split()
 AR = AR.replace("--save-every 3", "--save-every 1").split()
 
 
@@ -72,24 +60,18 @@ def codes(run_folder):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Kills
 
 
-@pytest.mark.parametrize(
-    "name, processes, kills", [("train_tokenizer.py", (1, 2), 3), ("train_ar.py", (1,), 2)]
-)
+@pytest.mark.parametrize("name, processes, kills", [("train_tokenizer.py", (1, 2), 3), ("train_ar.py", (1,), 2)])
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(name, processes, kills, codes, tmp_path):
     flags = TOKENIZER if name == "train_tokenizer.py" else ["--codes", codes, "--val-codes", codes, *AR]
     found = torture(name, flags, tmp_path, kills, seed=1, processes=processes, steps=12)
     assert found["equal"] is True and found["restarts"] == kills, found
 
 
-STATE = {
-    "kind": "tokenizer",
-    "weights": {"w": torch.arange(3000.0), "b": torch.ones(7)},
-    "settings": {"a": 1},
-}
+STATE = {"kind": "tokenizer", "weights": {"w": torch.arange(3000.0), "b": torch.ones(7)}, "settings": {"a": 1}}
 
 
 def _save_and_die(folder, length):
@@ -137,9 +119,7 @@ def test_a_rank_killed_under_torchrun(restarts, run_folder, tmp_path):
     flags = [*TOKENIZER, "--steps", 4, "--save-every", 1, "--out", tmp_path]
     words = command("train_tokenizer.py", *flags, processes=2)
     words.insert(words.index("--standalone"), f"--max-restarts={restarts}")
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     wait_for(tmp_path / "step_00000001.pt", process)
     ranks = children(process.pid)
     os.kill(ranks[-1], signal.SIGKILL)
@@ -156,9 +136,7 @@ def test_a_rank_killed_under_torchrun(restarts, run_folder, tmp_path):
 def test_ranks_end_with_their_torchrun_and_a_signal_to_it_saves(tmp_path):
     for number in (signal.SIGTERM, signal.SIGKILL):
         words = command("train_tokenizer.py", *TOKENIZER, "--steps", 1000, "--out", tmp_path, processes=2)
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-        )
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
         begun = checkpoint.checkpoints(tmp_path)
         step = int(begun[-1].stem[5:]) if begun else 0
         wait_for(tmp_path / f"step_{step + 2:08d}.pt", process)
@@ -190,9 +168,7 @@ def test_a_run_does_not_depend_on_its_terminal(tmp_path):
     assert checkpoint.checkpoints(tmp_path / "left")[-1].name == "step_00000006.pt"
 
 
-@pytest.mark.parametrize(
-    "line", ["5", '{"a": 1}', '{"step": "x"}', "\udcff\udcfe", "[" * 20000, '{"step": 9']
-)
+@pytest.mark.parametrize("line", ["5", '{"a": 1}', '{"step": "x"}', "\udcff\udcfe", "[" * 20000, '{"step": 9'])
 def test_lines_that_are_no_log_lines_are_passed_over(run_folder, tmp_path, line):
     out = shutil.copytree(run_folder, tmp_path / "out")
     with open(out / "log.jsonl", "ab") as log:
@@ -220,7 +196,7 @@ def test_an_unforeseen_error_ends_the_process(tmp_path):
     assert "Traceback" in errors and "something unforeseen" in errors
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Damaged files
 
 
@@ -319,7 +295,7 @@ def test_a_malicious_pickle_is_not_executed(run_folder, codes, tmp_path, form):
     assert all(str(evil) in text for text in texts) and not mark.exists()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # A full disk
 
 
@@ -354,13 +330,12 @@ def test_a_full_disk_during_stage_two_and_encoding(run_folder, codes, tmp_path):
     run("encode.py", *flags, "--data", "glyphs:60:AB", "--out", tmp_path / "few2", prepare=enough)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
 def odd_pictures(folder):
-    """402 pictures of two classes: 4 that cannot be read, and 8 odd ones that can. Returns the names of the
-    first."""
+    """402 pictures of two classes: 4 that cannot be read, and 8 odd ones that can. Returns the names of the first."""
     rng = np.random.default_rng(0)
     for name in "ab":
         (folder / name).mkdir(parents=True)
@@ -407,16 +382,7 @@ def test_unreadable_validation_pictures_stop_and_samples_do_not_go_through_links
         path = tmp_path / "val" / "a" / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16)).save(path) if i < 8 else path.write_bytes(b"")
-    flags = [
-        *TOKENIZER,
-        "--val-data",
-        tmp_path / "val",
-        "--eval-pictures",
-        12,
-        "--steps",
-        5,
-        "--allow-changes",
-    ]
+    flags = [*TOKENIZER, "--val-data", tmp_path / "val", "--eval-pictures", 12, "--steps", 5, "--allow-changes"]
     out = shutil.copytree(run_folder, tmp_path / "out")
     victim, picture = tmp_path / "victim", out / "samples" / "step_00000005.png"
     victim.write_bytes(b"mine")
@@ -442,7 +408,7 @@ def test_all_ranks_unreadable_pictures_are_reported(tmp_path):
     assert bad.report([{3: "c.png"}, {}]) == "unreadable pictures: 1 (c.png)"
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Numbers that are not finite
 
 

@@ -41,7 +41,7 @@ def moments(points):
     return points.mean(0), torch.cov(points.T)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Inception
 
 
@@ -64,8 +64,7 @@ def test_golden_features(inception, golden):
 
 
 def sampled(image, size, shift):
-    """Bilinear samples of (C, H, W) at (i + shift) * extent / size - shift, one by one, clamped to the
-    picture."""
+    """Bilinear samples of (C, H, W) at (i + shift) * extent / size - shift, one by one, clamped to the picture."""
     _, height, width = image.shape
     out = np.empty((len(image), size, size))
     for i in range(size):
@@ -141,7 +140,7 @@ def test_weights_offline_and_absent(tmp_path, monkeypatch):
     assert str(tmp_path / "checkpoints" / INCEPTION_FILE) in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Frechet distance
 
 
@@ -186,7 +185,7 @@ def test_frechet_refuses_what_is_not_finite():
         fid.frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.full((2, 2), np.nan))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Inception Score
 
 
@@ -206,7 +205,7 @@ def test_inception_score_closed_forms():
     assert deviation == pytest.approx(np.std([8, 1, 2]), rel=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Precision and recall
 
 
@@ -232,8 +231,7 @@ def test_precision_recall_golden_in_small_blocks(golden, monkeypatch):
 
 @pytest.mark.parametrize("copies, others", [(1, 1), (2, 2), (6, 4), (4, 6)])
 def test_identical_sets(copies, others):
-    """With four copies of a point and more every radius is zero; rounding of the distances must not
-    matter."""
+    """With four copies of a point and more every radius is zero; rounding of the distances must not matter."""
     points = np.random.default_rng(0).standard_normal((50, 2048)).astype(np.float32)
     reference, generated = np.tile(points, (copies, 1)), np.tile(points, (others, 1))[::-1].copy()
     assert fid.precision_recall(reference, generated) == (1, 1)
@@ -281,7 +279,7 @@ def test_precision_recall_memory_is_bounded(monkeypatch):
     assert seen.numel <= 2**13  # of 1,000,000 distances
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # PSNR and SSIM
 
 
@@ -319,7 +317,7 @@ def test_ssim_is_the_formula():
         fid.ssim(torch.zeros(1, 3, 6, 9), torch.zeros(1, 3, 6, 9))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Moments
 
 
@@ -341,7 +339,7 @@ def test_one_picture_has_no_covariance():
         ours.over_ranks(ALONE)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Sets of pictures
 
 
@@ -442,10 +440,7 @@ def test_statistics_of_other_conventions_and_weights_are_refused(tmp_path):
     space = {"mu_s": np.zeros(2023), "sigma_s": np.eye(2023, dtype=np.float32)}
     np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma, **space)
     np.savez(tmp_path / "own.npz", mu=mu, sigma=sigma, **space, convention="half-pixel", inception="abc")
-    for name, convention, other in [
-        ("adm", "tf1", "half-pixel"),
-        ("own", "half-pixel", "tf1"),
-    ]:
+    for name, convention, other in [("adm", "tf1", "half-pixel"), ("own", "half-pixel", "tf1")]:
         opened = fid.PictureSet(ALONE, tmp_path / f"{name}.npz")
         opened.check(convention, "abc")
         with pytest.raises(UserError, match=f"--convention {convention}, not {other}"):
@@ -465,9 +460,7 @@ def statistics(count=6, **changes):
     pool = rng.random((count, 2048), np.float32)
     moments = {"mu": pool.mean(0), "sigma": np.eye(2048, dtype=np.float32)}
     moments |= {"mu_s": np.zeros(2023), "sigma_s": np.eye(2023, dtype=np.float32)}
-    return (
-        moments | {"pool": pool, "size": np.array((8, 8)), "convention": "tf1", "inception": "abc"} | changes
-    )
+    return moments | {"pool": pool, "size": np.array((8, 8)), "convention": "tf1", "inception": "abc"} | changes
 
 
 def test_an_npz_unpacks_only_what_is_asked_for(tmp_path):
@@ -480,13 +473,8 @@ def test_an_npz_unpacks_only_what_is_asked_for(tmp_path):
         ("pool", (2**40, 2048), "not as long as its header says"),
     ]:
         np.savez(bomb, **{key: value for key, value in statistics().items() if key != name})
-        with (
-            zipfile.ZipFile(bomb, "a", zipfile.ZIP_DEFLATED) as archive,
-            archive.open(f"{name}.npy", "w") as file,
-        ):
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-            )
+        with zipfile.ZipFile(bomb, "a", zipfile.ZIP_DEFLATED) as archive, archive.open(f"{name}.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for _ in range(32):
                 file.write(bytes(2**20))
         tracemalloc.start()
@@ -507,11 +495,7 @@ def test_statistics_that_are_not_finite_or_of_other_types_are_refused(tmp_path):
         np.savez(path, **statistics(**{name: wrong}))
         with pytest.raises(UserError, match=f"{name} holds values that are not finite"):
             fid.PictureSet(ALONE, path)
-    for changes in (
-        {"mu": np.full(2048, "x")},
-        {"size": np.array(8)},
-        {"convention": np.array([{}], object)},
-    ):
+    for changes in ({"mu": np.full(2048, "x")}, {"size": np.array(8)}, {"convention": np.array([{}], object)}):
         np.savez(path, **statistics(**changes))
         with pytest.raises(UserError, match="x.npz"):
             fid.PictureSet(ALONE, path)
@@ -549,7 +533,7 @@ def test_only_the_published_weights_pass_for_such():
     assert "NOT the published" in weights_in_words("6726825e" + 56 * "0")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -571,15 +555,12 @@ def test_statistics_saved_by_three_processes(tmp_path, inception, weights, golde
     assert (saved.convention, saved.count, saved.shape) == ("tf1", 2, (80, 72))
     saved.check("tf1", load_inception(weights)[1])
     assert relative(saved.features, pool) < 1e-6
-    for ours, truth in zip(
-        (*saved.pool, *saved.spatial), (*moments(pool.double()), *moments(spatial.double()))
-    ):
+    for ours, truth in zip((*saved.pool, *saved.spatial), (*moments(pool.double()), *moments(spatial.double()))):
         assert relative(torch.from_numpy(ours), truth) < 1e-6
 
 
 def test_adm_reference_against_an_npz_on_two_processes(tmp_path, inception, weights, golden, one_thread):
-    """Stored moments serve FID and sFID, though the pictures beside them have others; these serve precision,
-    recall."""
+    """Stored moments serve FID and sFID, though the pictures beside them have others; these serve precision, recall."""
     images, noisy = golden["images_uint8_nchw"], golden["noisy_uint8_nchw"]
     samples = torch.cat([noisy, images[:1].flip(3)])  # seven: the shares are uneven
     space = {"mu_s": np.full(2023, 0.2), "sigma_s": 4 * np.eye(2023)}
@@ -593,8 +574,8 @@ def test_adm_reference_against_an_npz_on_two_processes(tmp_path, inception, weig
     pool, spatial, logits = (values.double() for values in inception(samples))
 
     def distance_to(place, variance, points):
-        """From N(place, variance * identity): the root's trace is sqrt(variance) * sum of the samples'
-        deviations along their principal axes, of which there are fewer than samples."""
+        """From N(place, variance * identity): the root's trace is sqrt(variance) * sum of the samples' deviations along
+        their principal axes, of which there are fewer than samples."""
         centred = (points - points.mean(0)) / math.sqrt(len(points) - 1)
         deviations = torch.linalg.eigvalsh(centred @ centred.T)[1:].sqrt()  # the first is zero
         distance = (points.mean(0) - place).square().sum() + variance * points.shape[1]
@@ -612,23 +593,14 @@ def test_adm_reference_against_an_npz_on_two_processes(tmp_path, inception, weig
     assert found["recall"] == (across <= radii[1]).any(1).double().mean().item()
 
     sha256 = load_inception(weights)[1]
-    for words in (
-        "stored moments, 6 pictures 72x80",
-        "7 pictures 72x80",
-        "tf1",
-        sha256,
-        "cpu x 2",
-        "below 2048",
-    ):
+    for words in ("stored moments, 6 pictures 72x80", "7 pictures 72x80", "tf1", sha256, "cpu x 2", "below 2048"):
         assert words in printed
     assert f"FID          {found['FID']:.4f}" in printed
     assert sha256 in found["protocol"]["inception"] and len(found["warnings"]) == 1
 
 
 def test_flags_are_checked_before_any_work(tmp_path):
-    assert "cannot write" in fails_with_one_line(
-        "fid.py", tmp_path, tmp_path, "--json", tmp_path / "no" / "a.json"
-    )
+    assert "cannot write" in fails_with_one_line("fid.py", tmp_path, tmp_path, "--json", tmp_path / "no" / "a.json")
     assert "it is a folder" in fails_with_one_line("fid.py", tmp_path, tmp_path, "--json", tmp_path)
     for flags in (["a"], ["a", "b", "--batch", "0"], ["a", "b", "--convention", "tf2"]):
         with pytest.raises(SystemExit) as stop:

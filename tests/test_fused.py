@@ -1,5 +1,4 @@
-"""The fused kernels and graphs, on a GPU: against float64, golden files and the plain code. Skipped without a
-GPU."""
+"""The fused kernels and graphs, on a GPU: against float64, golden files and the plain code. Skipped without a GPU."""
 
 import dataclasses
 
@@ -30,8 +29,7 @@ def exact_float32():
 @pytest.mark.parametrize("batch, channels, side", [(2, 32, 5), (3, 128, 64), (8, 256, 33), (2, 512, 16)])
 @pytest.mark.parametrize("adaptive, activate", [(False, True), (True, False)])
 def test_norm_silu(batch, channels, side, adaptive, activate, dtype, tolerance):
-    """Value and every gradient, the residual's included, of inputs whose mean is ten times their
-    deviation."""
+    """Value and every gradient, the residual's included, of inputs whose mean is ten times their deviation."""
     import fused_norm
 
     torch.manual_seed(0)
@@ -48,9 +46,7 @@ def test_norm_silu(batch, channels, side, adaptive, activate, dtype, tolerance):
     n = F.group_norm(x64, 32, eps=1e-6)
     n = n * scale64.view(-1, channels, 1, 1) + bias64.view(-1, channels, 1, 1)
     y64 = F.silu(n) if activate else n
-    truth = torch.autograd.grad(
-        (y64 * to_y.double()).sum() + (x64 * to_x.double()).sum(), (x64, scale64, bias64)
-    )
+    truth = torch.autograd.grad((y64 * to_y.double()).sum() + (x64 * to_x.double()).sum(), (x64, scale64, bias64))
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     for a, b in zip((y, *ours), (y64, *truth)):
         assert relative(a, b) < tolerance
@@ -60,8 +56,7 @@ def test_norm_silu(batch, channels, side, adaptive, activate, dtype, tolerance):
 @pytest.mark.parametrize("width", [64, 1280])
 @pytest.mark.parametrize("adds, dropout", [(False, 0.0), (True, 0.0), (True, 0.25)])
 def test_add_norm(width, adds, dropout, dtype, tolerance):
-    """Values and gradients. What dropout keeps is a function of the seed: a sum of zeros and ones shows
-    it."""
+    """Values and gradients. What dropout keeps is a function of the seed: a sum of zeros and ones shows it."""
     import fused_training
 
     def add_norm(x, added):
@@ -133,16 +128,14 @@ def test_gate():
     first, second = h64.chunk(2, -1)
     y64 = F.silu(first) * second
     assert relative(y, y64) < 1e-6
-    assert (
-        relative(torch.autograd.grad(y, h, to_y)[0], torch.autograd.grad(y64, h64, to_y.double())[0]) < 1e-6
-    )
+    assert relative(torch.autograd.grad(y, h, to_y)[0], torch.autograd.grad(y64, h64, to_y.double())[0]) < 1e-6
 
 
 @pytest.mark.parametrize("deviation", [0.01, 0.1, 1.0])  # probabilities 0.5 and around to 0 and 1
 @pytest.mark.parametrize("tokens, bits", [(300, 1), (300, 2), (300, 7), (2048, 18), (100, 20)])
 def test_entropy_terms(tokens, bits, deviation):
-    """Both entropies and the gradient of each, z's rows not contiguous: against the plain code in float64.
-    TF32 is allowed, as in training, and must not be used."""
+    """Both entropies and the gradient of each, z's rows not contiguous: against the plain code in float64. TF32 is
+    allowed, as in training, and must not be used."""
     import fused_entropy
 
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -191,10 +184,7 @@ def test_golden_entropy(kind, tolerance):
 @pytest.mark.parametrize("size", ["tiny16", "tiny8", "256_L", "128_L"])
 @torch.no_grad()
 def test_golden_tokenizer(size, compiled):
-    sizes = {
-        "tiny16": tk.TokenizerConfig(32, (1, 1, 2, 2, 4), 1),
-        "tiny8": tk.TokenizerConfig(32, (1, 2, 2, 4), 2),
-    }
+    sizes = {"tiny16": tk.TokenizerConfig(32, (1, 1, 2, 2, 4), 1), "tiny8": tk.TokenizerConfig(32, (1, 2, 2, 4), 2)}
     golden = {name: value.to(GPU) for name, value in load(f"tokenizer_{size}").items()}
     model = fill(tk.Tokenizer(sizes.get(size) or tk.TOKENIZER_SIZES[size])).eval().to(GPU)
     if compiled:
@@ -238,9 +228,7 @@ def test_golden_transformer(name, config, count, compiled):
 
     assert fused_sampling.usable(model)
     drawn = model.generate(golden["class_label"], (1.9, 2.0), top_k=(1, 1), max_tokens=count)
-    assert torch.equal(
-        drawn, golden["argmax_cfg_pre"] + 2 ** config.factorized_bits[0] * golden["argmax_cfg_post"]
-    )
+    assert torch.equal(drawn, golden["argmax_cfg_pre"] + 2 ** config.factorized_bits[0] * golden["argmax_cfg_post"])
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -291,8 +279,7 @@ def test_graph_draws_what_the_plain_code_draws(options, monkeypatch):
 
 @torch.no_grad()
 def test_bfloat16_graph_keeps_the_distribution():
-    """The graph's bf16 logits against float32 teacher forcing over the tokens drawn: 2,048 of AR-B,
-    guided."""
+    """The graph's bf16 logits against float32 teacher forcing over the tokens drawn: 2,048 of AR-B, guided."""
     import fused_sampling
 
     images, scales = 8, (1.9, 2.0)
@@ -310,9 +297,7 @@ def test_bfloat16_graph_keeps_the_distribution():
     truth = model([part.repeat(2, 1) for part in decoder.drawn], labels)
     for part, scale in enumerate(scales):
         ours = torch.stack([step[part] for step in steps], 1)
-        exact, ours = (
-            guided(*logits.double().chunk(2), scale).log_softmax(-1) for logits in (truth[part], ours)
-        )
+        exact, ours = (guided(*logits.double().chunk(2), scale).log_softmax(-1) for logits in (truth[part], ours))
         divergence = (exact.exp() * (exact - ours)).sum(-1)
         # bf16 weights and products: 2e-4 and 4e-4 measured; a wrong product makes it some nats.
         assert 0 < divergence.mean() < 2e-3

@@ -19,9 +19,7 @@ def test_golden_float32(kind):
     assert torch.equal(quantized.detach(), golden["quantized"])
     assert torch.equal(indices.flatten(), golden["indices"])
     pre, post = lfq.split_indices(indices)
-    assert torch.equal(pre.flatten(), golden["index_pre_6"]) and torch.equal(
-        post.flatten(), golden["index_post_12"]
-    )
+    assert torch.equal(pre.flatten(), golden["index_pre_6"]) and torch.equal(post.flatten(), golden["index_post_12"])
     names = {
         "sample_entropy": "per_sample_entropy",
         "codebook_entropy": "codebook_entropy",
@@ -70,8 +68,8 @@ def dense_terms(z):
 @pytest.mark.parametrize("deviation", [0.002, 0.04, 0.3, 0.5])
 @pytest.mark.parametrize("tokens", [1, 4, 16])
 def test_few_tokens(tokens, deviation):
-    """Single precision in, 2^18 codes: both entropies nearly cancel there. (The dense table in float64 is no
-    truth for every draw: with one token whose gradient is 1e-8 it was seen to be off by 1e-6, ours by 1e-7.)"""
+    """Single precision in, 2^18 codes: both entropies nearly cancel there. (The dense table in float64 is no truth for
+    every draw: with one token whose gradient is 1e-8 it was seen to be off by 1e-6, ours by 1e-7.)"""
     z = (torch.randn(1, 18, tokens, 1) * deviation).requires_grad_()
     _, _, losses = lfq.LFQ().train()(z)
     (gradient,) = torch.autograd.grad(losses["entropy"], z)
@@ -95,8 +93,7 @@ def test_entropy_equals_the_dense_softmax(bits):
 
 
 def test_entropy_memory_is_not_tokens_times_codes():
-    """Largest tensor made, forward and backward, at 2^18 codes: far below N * 2^18 and growing by N * 2^10
-    only."""
+    """Largest tensor made, forward and backward, at 2^18 codes: far below N * 2^18 and growing by N * 2^10 only."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -120,8 +117,7 @@ def test_entropy_memory_is_not_tokens_times_codes():
 
 
 def _half_of_the_tokens(rank, z, theirs):
-    """Each rank's gradient, averaged as in training, is the gradient of one process with both ranks'
-    tokens."""
+    """Each rank's gradient, averaged as in training, is the gradient of one process with both ranks' tokens."""
     mine = z[rank * 8 : rank * 8 + 8].clone().requires_grad_()
     sample, codebook = lfq.entropy_terms(mine, global_batch=True)
     assert codebook.item() == pytest.approx(theirs["codebook"].item(), rel=1e-12)

@@ -36,8 +36,7 @@ def test_lpips_stays_frozen_and_in_eval_mode():
 
 
 def test_golden_objective():
-    """Three steps of both losses on one pair, as they were published: every term, the gradient, BatchNorm,
-    LeCAM."""
+    """Three steps of both losses on one pair, as they were published: every term, the gradient, BatchNorm, LeCAM."""
     golden = load("losses")
     lpips, discriminator, lecam = lpips_filled(), discriminator_filled(), LeCAM()
     x = golden["image"]
@@ -111,17 +110,15 @@ def step_losses(x, tokenizer, lpips, discriminator, lecam):
 
 @pytest.fixture(scope="module")
 def trajectory():
-    """tiny16 trained for 4 steps in float64 as the published code does: the golden file, our table, the same
-    table by float32 copies of each step's modules, parameters, averages."""
+    """tiny16 trained for 4 steps in float64 as the published code does: the golden file, our table, the same table by
+    float32 copies of each step's modules, parameters, averages."""
     golden = load("train_tokenizer_tiny")
     tokenizer = fill(Tokenizer(TokenizerConfig(32, (1, 1, 2, 2, 4), 1))).train()
     parts = [part.double() for part in (tokenizer, lpips_filled(), discriminator_filled(), LeCAM())]
     tokenizer, _, discriminator, lecam = parts
     modules = torch.nn.ModuleDict({"tokenizer": tokenizer, "discriminator": discriminator})
     averages = copy.deepcopy(modules)
-    optimizers = [
-        torch.optim.Adam(m.parameters(), 1e-4, betas=(0.5, 0.9)) for m in (tokenizer, discriminator)
-    ]
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-4, betas=(0.5, 0.9)) for m in (tokenizer, discriminator)]
     table, table_float32 = [], []
     for x in golden["images"]:
         copies = [copy.deepcopy(part).float() for part in parts]
@@ -153,8 +150,8 @@ def test_golden_trajectory_in_float64(trajectory):
 
 
 def test_golden_losses_in_float32(trajectory):
-    """At every step of the float64 run. A run of its own would leave it: a unit of the discriminator lies so
-    close to its LeakyReLU's corner that rounding decides on 0.3 % of a gradient, and Adam takes that up."""
+    """At every step of the float64 run. A run of its own would leave it: a unit of the discriminator lies so close to
+    its LeakyReLU's corner that rounding decides on 0.3 % of a gradient, and Adam takes that up."""
     golden, _, table, _, _ = trajectory
     assert torch.allclose(table, golden["table"], rtol=1e-4, atol=0)
 
@@ -164,9 +161,7 @@ def test_golden_losses_in_float32(trajectory):
 
 def test_load_lpips_from_a_released_tokenizer_file(tmp_path):
     entries = {
-        name: named_tensor(name, shape)
-        if name.startswith("loss.perceptual")
-        else torch.zeros(()).expand(shape)
+        name: named_tensor(name, shape) if name.startswith("loss.perceptual") else torch.zeros(()).expand(shape)
         for name, (shape, _) in checkpoint_keys("imagenet_128_L.ckpt").items()
     }
     torch.save({"state_dict": entries}, tmp_path / "x.ckpt")
@@ -190,8 +185,6 @@ def test_load_lpips_from_backbone_and_heads(tmp_path, monkeypatch):
     torch.save({n: v for n, v in state.items() if n.startswith("lin")}, folder / "alex.pth")
     loaded = losses.load_lpips("alex").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
-    monkeypatch.setattr(
-        torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("offline"))
-    )
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
     with pytest.raises(UserError, match=r"vgg16-397923af.pth.*put it at"):
         losses.load_lpips("vgg")

@@ -18,14 +18,10 @@ try:
 except ImportError:
     npu = None
 taken = importlib.util.find_spec("torch_npu") is not None
-pytestmark = pytest.mark.skipif(
-    npu is None or taken, reason="this torch takes no device made in Python named npu"
-)
+pytestmark = pytest.mark.skipif(npu is None or taken, reason="this torch takes no device made in Python named npu")
 
 LR = 1e-5  # so small that rounding cannot grow: Adam's first steps are of one size, whatever the gradient
-TRAINING = (
-    f"--global-batch 8 --micro-batch 4 --steps 2 --lr {LR} --precision fp32 --eval-pictures 4 --log-every 1"
-)
+TRAINING = f"--global-batch 8 --micro-batch 4 --steps 2 --lr {LR} --precision fp32 --eval-pictures 4 --log-every 1"
 TOKENIZER = "--size 24 --channels 32 --multipliers 1 1 1 --blocks 1 --gan-weight 0.1 --lecam-weight 0.05"
 AR = "--width 32 --heads 2 --spatial-layers 1 --intra-layers 1 --dropout 0.1"
 

@@ -1,5 +1,4 @@
-"""Passes and gradients: exchanged ones against one process's, and, on a GPU, graphs against the plain
-passes."""
+"""Passes and gradients: exchanged ones against one process's, and, on a GPU, graphs against the plain passes."""
 
 import os
 import subprocess
@@ -19,9 +18,7 @@ from runtime import Runtime
 
 def network():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 2, 3, bias=False), nn.Flatten(), nn.Linear(32, 1)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 2, 3, bias=False), nn.Flatten(), nn.Linear(32, 1))
     return model.to(memory_format=torch.channels_last)
 
 
@@ -167,9 +164,7 @@ def test_scripts_with_graphs(script, tmp_path):
     # So little is learnt that another order of sums is not amplified.
     flags += ["--global-batch", 12, "--micro-batch", 4, "--lr", "1e-5", "--save-every", 3, "--keep-every", 3]
     if script == "train_ar.py":
-        small = (
-            "--data glyphs:60:AB --size 24 --channels 32 --multipliers 1 1 --blocks 1 --workers 1 --steps 2"
-        )
+        small = "--data glyphs:60:AB --size 24 --channels 32 --multipliers 1 1 --blocks 1 --workers 1 --steps 2"
         run("train_tokenizer.py", *small.split(), "--out", tmp_path / "tokenizer")
         encode = ["--tokenizer", tmp_path / "tokenizer", "--data", "glyphs:60:AB", "--size", 24]
         run("encode.py", *encode, "--out", tmp_path / "codes")
@@ -194,9 +189,7 @@ def test_scripts_with_graphs(script, tmp_path):
     for expected, line in zip(plain, ours, strict=True):
         for name, value in expected.items():
             assert line[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (line["step"], name)
-    ends = [
-        tmp_path / name / f"step_000000{step}.pt" for name in ("plain", "graphs") for step in ("03", "10")
-    ]
+    ends = [tmp_path / name / f"step_000000{step}.pt" for name in ("plain", "graphs") for step in ("03", "10")]
     began, plain, ours_began, ours = (torch.load(path, map_location="cpu") for path in ends)
     for part in ["model"] if script == "train_ar.py" else ["tokenizer", "discriminator"]:
         for name, value in plain[part].items():

@@ -41,8 +41,7 @@ def test_numbers_at_the_edge_are_taken(flag):
 
 def test_help_shows_defaults_of_zero():
     assert re.search(
-        r"--seed SEED +of initialisation, order, crops \(default: 0\)",
-        run("train_tokenizer.py", "--help").stdout,
+        r"--seed SEED +of initialisation, order, crops \(default: 0\)", run("train_tokenizer.py", "--help").stdout
     )
 
 
@@ -71,11 +70,7 @@ def test_absent_unreadable_and_damaged_files_are_told_apart(tmp_path):
     (tmp_path / "file").write_text("")
     assert "there is no file" in read(tmp_path / "absent")[1]
     assert "no plain file" in read(tmp_path / "pipe")[1] and "no plain file" in read(tmp_path)[1]
-    for error in (
-        OSError(5, "Input/output error"),
-        MemoryError(),
-        RuntimeError("can't allocate memory: 9 bytes"),
-    ):
+    for error in (OSError(5, "Input/output error"), MemoryError(), RuntimeError("can't allocate memory: 9 bytes")):
         assert read(tmp_path / "file", error)[0] is runtime.Unreadable
     for error in (ValueError("line 1\nline 2"), KeyError("step"), RecursionError(), EOFError()):
         kind, words = read(tmp_path / "file", error)

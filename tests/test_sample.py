@@ -59,11 +59,7 @@ def files(models, tmp_path_factory):
         "bare": {**whole, "tokenizer": None},
         "nameless": {**whole, "class_names": None},
         "tokenizer": {"kind": "tokenizer", "config": state["config"], "tokenizer": state["state"]},
-        "10bits": {
-            "kind": "tokenizer",
-            "config": dataclasses.asdict(other.config),
-            "tokenizer": other.state_dict(),
-        },
+        "10bits": {"kind": "tokenizer", "config": dataclasses.asdict(other.config), "tokenizer": other.state_dict()},
     }
     for name, content in contents.items():
         torch.save(content, folder / f"{name}.pt")
@@ -111,9 +107,7 @@ def test_npz_is_the_same_from_one_process_and_two(models, files, tmp_path):
     assert settings["cfg_scale"] == [1.9, 2.0] and settings["count"] == 11 and settings["seed"] == 5
 
 
-def test_folder_is_the_same_from_one_process_and_two_and_goes_on(
-    models, files, tmp_path, monkeypatch, capsys
-):
+def test_folder_is_the_same_from_one_process_and_two_and_goes_on(models, files, tmp_path, monkeypatch, capsys):
     flags = ["--model", files["whole"], "--classes", "cat,odd/name", "--batch", 3]
     run("sample.py", *flags, "--count", 7, "--out", tmp_path / "two", processes=2)
     one = tmp_path / "one"
@@ -174,16 +168,12 @@ def test_a_stopped_npz_goes_on(files, tmp_path, monkeypatch, capsys):
         patch.setattr(sample, "store", stop_at_the_second)
         inside(monkeypatch, *flags, "--seed", 1, "--out", out)
     made = bytes_below(tmp_path / "stopped.npz.parts", ".npy")
-    with pytest.raises(
-        UserError, match=r"stopped.npz.parts holds pictures of other settings \(--seed was 1, is 0\)"
-    ):
+    with pytest.raises(UserError, match=r"stopped.npz.parts holds pictures of other settings \(--seed was 1, is 0\)"):
         inside(monkeypatch, *flags, "--out", out)
     assert made and bytes_below(tmp_path / "stopped.npz.parts", ".npy") == made
 
 
-def test_a_run_goes_on_with_a_copy_of_the_model_from_another_place_and_time_zone(
-    files, tmp_path, monkeypatch, capsys
-):
+def test_a_run_goes_on_with_a_copy_of_the_model_from_another_place_and_time_zone(files, tmp_path, monkeypatch, capsys):
     """What counts is what a file holds."""
     flags = ["--count", 4, "--batch", 2, "--out", tmp_path / "folder"]
     inside(monkeypatch, "--model", files["whole"], *flags)
@@ -203,9 +193,7 @@ def test_a_run_goes_on_with_a_copy_of_the_model_from_another_place_and_time_zone
 @pytest.mark.parametrize("text", ["[]", "5", '{"count": "x"}', "{", "[" * 20000, "\udcff"])
 def test_settings_of_another_make_are_refused(text, files, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(
-        UserError, match=r"config.json is not settings of sample.py, or it is damaged"
-    ) as error:
+    with pytest.raises(UserError, match=r"config.json is not settings of sample.py, or it is damaged") as error:
         inside(monkeypatch, "--model", files["whole"], "--count", 1, "--out", tmp_path)
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["config.json"]
 
@@ -244,14 +232,7 @@ def test_a_tokenizer_of_ones_own(files, tmp_path, monkeypatch):
     flags = ["--count", 3, "--rounding"]
     inside(monkeypatch, "--model", files["whole"], *flags, "--out", tmp_path / "a.npz")
     inside(
-        monkeypatch,
-        "--model",
-        files["bare"],
-        "--tokenizer",
-        files["tokenizer"],
-        *flags,
-        "--out",
-        tmp_path / "b.npz",
+        monkeypatch, "--model", files["bare"], "--tokenizer", files["tokenizer"], *flags, "--out", tmp_path / "b.npz"
     )
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     inside(monkeypatch, "--model", files["whole"], "--count", 3, "--out", tmp_path / "c.npz")
@@ -281,11 +262,7 @@ def test_presets(files, tmp_path, monkeypatch):
         ("a.png", [], [[4.0, 4.0], [1.0, 1.0], [0, 0], [0.96, 0.96]]),
         ("b.npz", ["--preset", "show", "--top-k", 9, 0], [[4.0, 4.0], [1.0, 1.0], [9, 0], [0.96, 0.96]]),
         ("c.png", ["--preset", "paper", "--cfg", 3, 1], [[3.0, 1.0], [1.0, 1.0], [0, 0], [1.0, 1.0]]),
-        (
-            "d.npz",
-            ["--temperature", 0.5, 2, "--top-p", 0.9, 0.8],
-            [[1.9, 2.0], [0.5, 2.0], [0, 0], [0.9, 0.8]],
-        ),
+        ("d.npz", ["--temperature", 0.5, 2, "--top-p", 0.9, 0.8], [[1.9, 2.0], [0.5, 2.0], [0, 0], [0.9, 0.8]]),
     ]
     for name, more, values in cases:
         inside(monkeypatch, *flags, *more, "--out", tmp_path / name)
@@ -337,9 +314,7 @@ def test_errors(flags, word, files, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "flags", [["--count", "0"], ["--batch", "0"], ["--seed", "-1"], ["--per-class", "0"]]
-)
+@pytest.mark.parametrize("flags", [["--count", "0"], ["--batch", "0"], ["--seed", "-1"], ["--per-class", "0"]])
 def test_flags_out_of_range(flags, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         inside(monkeypatch, "--model", "x", "--out", "y", *flags)
@@ -353,12 +328,7 @@ def test_an_error_is_one_line_and_exit_code_2(files, tmp_path):
 
 
 def test_output_kinds(tmp_path):
-    assert [sample.output(name)[1] for name in ("a.png", "b.NPZ", "c", "d.v2")] == [
-        "grid",
-        "npz",
-        "folder",
-        "folder",
-    ]
+    assert [sample.output(name)[1] for name in ("a.png", "b.NPZ", "c", "d.v2")] == ["grid", "npz", "folder", "folder"]
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     for name in ("file", "folder.png"):

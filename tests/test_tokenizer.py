@@ -50,8 +50,8 @@ def test_sizes_and_entries(size, encoder, decoder):
 
 
 def released_file(path, size, change=None, container=True, **extra):
-    """A file with a released file's entries: every tensor constant (and so small on disk), encoder and
-    decoder 1, their moving average 2, all else 3."""
+    """A file with a released file's entries: every tensor constant (and so small on disk), encoder and decoder 1, their
+    moving average 2, all else 3."""
     entries = {}
     for name, (shape, dtype) in checkpoint_keys(f"imagenet_{size}.ckpt").items():
         value = 1 if name.startswith(("encoder.", "decoder.")) else 2 if name.startswith("model_ema.") else 3
@@ -99,21 +99,12 @@ KEY = "decoder.up.3.block.1.conv2.weight"
         ),
         (lambda e: e.pop("encoder.conv_in.weight"), ["encoder.conv_in.weight"]),
         (lambda e: e.update({KEY: torch.ones(3)}), [KEY, "(3,)"]),
-        (
-            lambda e: e.update({"model_ema." + KEY.replace(".", ""): torch.ones(3)}),
-            [KEY.replace(".", ""), "(3,)"],
-        ),
+        (lambda e: e.update({"model_ema." + KEY.replace(".", ""): torch.ones(3)}), [KEY.replace(".", ""), "(3,)"]),
         (lambda e: e.update({"encoder.extra.weight": torch.ones(3)}), ["encoder.extra.weight"]),
-        (
-            lambda e: e.update({"model_ema.strange": torch.ones(3)}),
-            ["model_ema.", "entry strange is unexpected"],
-        ),
+        (lambda e: e.update({"model_ema.strange": torch.ones(3)}), ["model_ema.", "entry strange is unexpected"]),
         (lambda e: e.update({"strange.thing": torch.ones(3)}), ["strange.thing", "unexpected"]),
         (lambda e: e.update({"loss.discriminator.x": torch.ones(3)}), ["loss.discriminator.x", "unexpected"]),
-        (
-            lambda e: e.update({"loss.perceptual_loss.lin5.model.1.weight": torch.ones(3)}),
-            ["lin5", "unexpected"],
-        ),
+        (lambda e: e.update({"loss.perceptual_loss.lin5.model.1.weight": torch.ones(3)}), ["lin5", "unexpected"]),
         (lambda e: e.pop("model_ema.lossdiscriminatormain3bias"), ["lossdiscriminatormain3bias is missing"]),
     ],
 )
@@ -174,12 +165,7 @@ def test_foreign_objects_are_not_executed(tmp_path):
 def test_own_file_round_trip(tmp_path):
     model = tk.Tokenizer(SIZES["tiny8"])
     average = {name: value + 1 for name, value in model.state_dict().items()}
-    content = {
-        "kind": "tokenizer",
-        "step": 3,
-        "config": asdict(model.config),
-        "tokenizer": model.state_dict(),
-    }
+    content = {"kind": "tokenizer", "step": 3, "config": asdict(model.config), "tokenizer": model.state_dict()}
     torch.save(content | {"tokenizer_ema": average}, tmp_path / "step_00000003.pt")
     for source in (tmp_path / "step_00000003.pt", tmp_path):  # a file, a run folder
         ours = tk.load_tokenizer(source).state_dict()
@@ -261,9 +247,7 @@ def test_missing_path_and_offline_download(tmp_path, monkeypatch):
         tk.load_tokenizer("256_L")
     assert tk.RELEASED_TOKENIZERS["256_L"] in str(error.value)
     assert str(tmp_path / "hub" / "checkpoints" / "imagenet_256_L.ckpt") in str(error.value)
-    path = (
-        tmp_path / "hub" / "checkpoints" / "imagenet_256_L.ckpt"
-    )  # where the message says: found from there on
+    path = tmp_path / "hub" / "checkpoints" / "imagenet_256_L.ckpt"  # where the message says: found from there on
     path.parent.mkdir(parents=True, exist_ok=True)
     released_file(path, "256_L")
     assert tk.load_tokenizer("256_L").config == tk.TOKENIZER_SIZES["256_L"]

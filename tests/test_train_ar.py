@@ -13,9 +13,7 @@ from data import open_codes
 from tokenizer import TOKENIZER_SIZES, Tokenizer
 
 # 8 steps of a small transformer, with class dropout and dropout; two micro-batches a step.
-TINY = (
-    "--width 32 --heads 2 --spatial-layers 2 --intra-layers 1 --dropout 0.1 --global-batch 8 --micro-batch 4"
-)
+TINY = "--width 32 --heads 2 --spatial-layers 2 --intra-layers 1 --dropout 0.1 --global-batch 8 --micro-batch 4"
 TINY += " --steps 8 --save-every 1 --log-every 1 --eval-every 4 --eval-pictures 9 --lr 1e-3"
 
 
@@ -108,11 +106,10 @@ def sharded(flags, tmp_path_factory):
 
 
 def assert_close(ours, theirs, path=""):
-    """The same names, numbers, shapes and types; tensors within 1e-5 of their norm, Adam's squares by their
-    root.
+    """The same names, numbers, shapes and types; tensors within 1e-5 of their norm, Adam's squares by their root.
 
-    All gradients are scaled by one norm, of 100,000 entries, and torch's own float32 norm is off by some 4e-6
-    there, differently so over the halves of two processes; squares have twice that.
+    All gradients are scaled by one norm, of 100,000 entries, and torch's own float32 norm is off by some 4e-6 there,
+    differently so over the halves of two processes; squares have twice that.
     """
     assert type(ours) is type(theirs), path
     if isinstance(theirs, torch.Tensor):

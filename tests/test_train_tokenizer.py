@@ -62,9 +62,7 @@ def test_what_a_run_leaves(whole):
     assert names_in(whole) == ["config.json", "log.jsonl", "samples", "step_00000007.pt", "step_00000008.pt"]
     lines = log_lines(whole)
     assert [line["step"] for line in lines if "generator" in line] == list(range(1, 9))
-    assert {"l1", "gan", "sample_entropy", "codebook_entropy", "commitment", "hinge", "lecam", "lr"} < set(
-        lines[0]
-    )
+    assert {"l1", "gan", "sample_entropy", "codebook_entropy", "commitment", "hinge", "lecam", "lr"} < set(lines[0])
     assert [line["step"] for line in lines if "val_psnr" in line] == [4, 8]
     state = final(whole)
     assert not any("module." in name for name in state["tokenizer"])
@@ -108,10 +106,7 @@ def test_what_goes_wrong_in_an_evaluation_loses_no_step(whole, tmp_path):
     assert "at step 4" in run("train_tokenizer.py", *TINY, "--out", tmp_path).stdout
     assert_equal(without_folder(final(tmp_path)), without_folder(final(whole)))
     assert log_lines(tmp_path) == log_lines(whole)
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
-        "step_00000004.png",
-        "step_00000008.png",
-    ]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_00000004.png", "step_00000008.png"]
 
 
 def test_two_processes_equal_two_micro_batches(whole, tmp_path):
@@ -122,9 +117,7 @@ def test_two_processes_equal_two_micro_batches(whole, tmp_path):
     start_weights = initial_weights()
     for part in ("tokenizer", "discriminator"):
         names = [name for name in ours[part] if "running" not in name and "batches" not in name]
-        moved = sum(
-            (theirs[part][n].double() - start_weights[part][n].double()).square().sum() for n in names
-        )
+        moved = sum((theirs[part][n].double() - start_weights[part][n].double()).square().sum() for n in names)
         apart = sum((theirs[part][n].double() - ours[part][n].double()).square().sum() for n in names)
         assert moved > 0 and (apart / moved).sqrt() < 1e-6, part
     for name in ("real", "fake"):
@@ -135,11 +128,7 @@ def test_global_entropy_of_two_processes_is_that_of_one_large_micro_batch(tmp_pa
     # No discriminator: its BatchNorm is per device and would see the two halves apart.
     flags = [*TINY, "--gan-weight", 0, "--entropy-weight", 1, "--steps", 1]
     found = {}
-    for name, processes, more in [
-        ("one", 1, ["--micro-batch", 8]),
-        ("two", 2, ["--global-entropy"]),
-        ("own", 2, []),
-    ]:
+    for name, processes, more in [("one", 1, ["--micro-batch", 8]), ("two", 2, ["--global-entropy"]), ("own", 2, [])]:
         run("train_tokenizer.py", *flags, *more, "--out", tmp_path / name, processes=processes)
         state = read_weights(tmp_path / name / "step_00000001.pt")["optimizer_tokenizer"]["state"]
         # Adam's first mean is half the first gradient.
@@ -167,9 +156,7 @@ def initial_weights():
 def test_lpips_from_a_file(tmp_path):
     lpips = fill(LPIPS(), "loss.perceptual_loss.", keep=("shift", "scale"))
     torch.save(lpips.state_dict(), tmp_path / "lpips.pt")
-    run(
-        "train_tokenizer.py", *TINY, "--steps", 2, "--lpips", tmp_path / "lpips.pt", "--out", tmp_path / "out"
-    )
+    run("train_tokenizer.py", *TINY, "--steps", 2, "--lpips", tmp_path / "lpips.pt", "--out", tmp_path / "out")
     lines = [line for line in log_lines(tmp_path / "out") if "generator" in line]
     assert len(lines) == 2 and all(line["lpips"] > 0 for line in lines)
 
