@@ -1,7 +1,7 @@
 """Turn pictures into a cache of code indices, once, so that stage II never runs the encoder.
 
-    python encode.py --tokenizer runs/tokenizer --data imagenet/train --size 256 --out codes/train torchrun
-    --nproc_per_node=8 encode.py --tokenizer 256_L --data imagenet/train --crops 10 --out codes/train
+    python encode.py --tokenizer runs/tokenizer --data imagenet/train --size 256 --out codes/train
+    torchrun --nproc_per_node=8 encode.py --tokenizer 256_L --data imagenet/train --crops 10 --out codes/train
 
 In --out: codes.bin (a row of int32 indices a crop), labels.bin, manifest.json, and tokenizer.pt, so that train_ar.py
 needs nothing else. `data.open_codes` reads it. Stopped anywhere, the same command goes on. Open-MAGVIT2 (arXiv
