@@ -26,8 +26,8 @@ import data
 import losses
 import runtime
 from ar_model import AR_SIZES, ARTransformer, clip_gradients, cross_entropies
+from fast.graphs import Gradients, Graphs
 from lfq import entropy_terms, split_indices
-from passes import Gradients, Graphs
 from tokenizer import TOKENIZER_SIZES, Tokenizer
 
 try:

@@ -3,7 +3,7 @@
     dataset = open_pictures("imagenet/train", size=256, train=True)     # or "glyphs", "glyphs:4000:ABCDEFGH"
     for micro_batches in training_batches(dataset, seed=0, global_batch=256, micro_batch=8, rank=0, world=1,
                                           first_step=0, total_steps=1000, workers=8):
-        for images, labels, bad in micro_batches: ...                   # uint8 (b, 3, S, S), int64 (b,)
+        for batch in micro_batches: ...                                 # a Batch of uint8 (b, 3, S, S), int64 (b,)
     codes = open_codes("codes/train")                                   # written by encode.py
     indices, labels = codes.batch(SampleOrder(len(codes), seed=0).at(0, 96), seed=0)
 
@@ -26,6 +26,7 @@ import stat
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -442,10 +443,18 @@ class SampleOrder:
         return entries
 
 
+class Batch(NamedTuple):
+    """Pictures of one batch; `unreadable` ones by their index, with the reason."""
+
+    images: torch.Tensor  # uint8 (b, 3, S, S)
+    labels: torch.Tensor  # int64 (b,)
+    indices: torch.Tensor  # int64 (b,)
+    unreadable: dict  # index -> reason
+
+
 def training_batches(dataset, seed, global_batch, micro_batch, rank, world, first_step, total_steps, workers=0):
     """This rank's micro-batches of steps first_step (0-based) .. total_steps - 1: yields for each step a list of
-    global_batch / (micro_batch * world) times (images uint8 (b, 3, S, S), labels int64 (b,), {index of an unreadable
-    picture: reason}).
+    global_batch / (micro_batch * world) batches (see `Batch`).
 
     Micro-batch m of a step holds samples step * global_batch + m * micro_batch and on, whoever draws it; rank r has
     those from m = r * accumulation. So two ranks with one micro-batch each see exactly what one rank with two sees.
@@ -467,8 +476,7 @@ def training_batches(dataset, seed, global_batch, micro_batch, rank, world, firs
 
 
 def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None, crops=1):
-    """Every picture exactly once over all ranks, a contiguous share each, the last partial batch kept: yields (images
-    uint8 (b, 3, S, S), labels int64 (b,), indices int64 (b,), {index: reason} of unreadable ones).
+    """Every picture exactly once over all ranks, a contiguous share each, the last partial batch kept: yields `Batch`es.
 
     Unreadable pictures are left out and listed, so b may be less than `batch`, even 0. indices: these pictures only
     (before sharing out). crops: each picture so often in a row, with the crops of epochs 0 .. crops - 1; `batch` counts
@@ -499,7 +507,7 @@ def _loader(dataset, entries, collate, workers):
     try:
         for *arrays, bad in loader:
             tensors = [torch.from_numpy(array) for array in arrays]
-            yield *(tensor.pin_memory() if pin else tensor for tensor in tensors), bad
+            yield Batch(*(tensor.pin_memory() if pin else tensor for tensor in tensors), bad)
     except UserError as error:  # a worker's comes with its traceback
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("runtime.UserError: ")) from None
 
@@ -513,9 +521,9 @@ def _begin_worker(worker):
 
 
 def _stack(samples):
-    images, labels, _, _ = zip(*samples)
+    images, labels, indices, _ = zip(*samples)
     bad = {index: reason for _, _, index, reason in samples if reason}
-    return torch.stack(images).numpy(), np.array(labels), bad
+    return torch.stack(images).numpy(), np.array(labels), np.array(indices), bad
 
 
 def _stack_readable(samples):

@@ -104,8 +104,9 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
     bad, rows, shown = data.BadPictures(pictures), [], None
     of_originals, of_rebuilt = Moments(2048), Moments(2048)
     seen = torch.zeros(2**tokenizer.config.bits, dtype=torch.uint8)
-    for images, _, _, unreadable in progress(rt, pictures, args.batch, args.workers, "pictures"):
-        bad.add(unreadable)
+    for batch in progress(rt, pictures, args.batch, args.workers, "pictures"):
+        bad.add(batch.unreadable)
+        images = batch.images
         if len(images) == 0:
             continue
         published = published_original(images, args.rounding)

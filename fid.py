@@ -383,10 +383,10 @@ class PictureSet:
             return
         bad, features, of_pool, of_space = BadPictures(self.pictures), [], Moments(2048), Moments(2023)
         workers = workers if isinstance(self.pictures, FolderPictures) else 0  # an .npz needs no decoding
-        for images, _, _, unreadable in progress(rt, self.pictures, batch, workers, str(self.path)):
-            bad.add(unreadable)
-            if len(images):
-                pool, spatial, _ = model(images.to(rt.device), convention)
+        for part in progress(rt, self.pictures, batch, workers, str(self.path)):
+            bad.add(part.unreadable)
+            if len(part.images):
+                pool, spatial, _ = model(part.images.to(rt.device), convention)
                 features.append(pool.cpu())
                 if self.pool is None:
                     of_pool.add(pool)

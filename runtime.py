@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import datetime
 import errno
-import importlib.util
 import json
 import math
 import os
@@ -433,13 +432,6 @@ def run_length(args, pictures):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stopping, logging
-
-
-def should_compile(rt, flag, steps):
-    """Whether to compile: as --compile or --no-compile say; otherwise on a GPU (where torch.compile needs Triton) for a
-    run of 500 steps or more."""
-    worth = rt.device.type == "cuda" and steps >= 500 and importlib.util.find_spec("triton") is not None
-    return worth if flag is None else flag
 
 
 class StopSignal:

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 import data
+import fast
 import runtime
 from ar_model import AR_SIZES, ARTransformer, clip_gradients, cross_entropies, learning_rate
 from checkpoint import changed_settings, hash_of, load_latest, restore, save_checkpoint
+from fast.graphs import Gradients, Graphs
 from lfq import split_indices
-from passes import Gradients, Graphs
 from sharding import rerun_in_backward, shard, shard_optimizer_state, unsharded, whole
 from tokenizer import load_tokenizer
 
@@ -163,7 +164,7 @@ def main():
     loss_terms = cross_entropies
     # Compiled blocks together with sharding or rerun blocks have not been tried: only where asked for.
     plain_blocks = not (args.shard or args.checkpoint_activations)
-    compiled = args.compile or (plain_blocks and runtime.should_compile(rt, args.compile, total))
+    compiled = fast.ON and (args.compile or (plain_blocks and fast.compiles(rt.device, args.compile, total)))
     if compiled:
         model.compile_blocks()
         loss_terms = torch.compile(cross_entropies, dynamic=False)

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 import data
+import fast
 import losses
 import runtime
 from checkpoint import changed_settings, load_latest, restore, restore_optimizer, save_checkpoint
+from fast.graphs import Gradients, Graphs
 from fid import psnr
-from passes import Gradients, Graphs
 from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig
 
 # The paper's settings for 256_L and 128_L. tiny is ours: legible glyphs in minutes on a CPU, with neither LPIPS nor
@@ -183,7 +184,7 @@ def main():
     )
     del state
 
-    compiled = runtime.should_compile(rt, args.compile, total)
+    compiled = fast.compiles(rt.device, args.compile, total)
     if compiled:
         tokenizer.decoder.compile_upsamplers()
         lpips.compile(dynamic=False) if lpips is not None else None
@@ -252,9 +253,9 @@ def main():
         if discriminator is not None:
             discriminator.requires_grad_(False)
         pairs, terms = [], []
-        for i, (images, _, unreadable) in enumerate(micro_batches):
-            bad.add(unreadable)
-            images = images.to(rt.device, non_blocking=True)
+        for i, batch in enumerate(micro_batches):
+            bad.add(batch.unreadable)
+            images = batch.images.to(rt.device, non_blocking=True)
             terms.append(graphs.run(generator_pass, gradients["tokenizer"], i == 0, images))
             pairs.append((images, terms[i].pop("y")))
         gradients["tokenizer"].exchange()
@@ -309,8 +310,9 @@ def measure(rt, tokenizer, pictures, args, grid_path):
     batches = data.evaluation_batches(pictures, args.micro_batch, rt.rank, rt.world, args.workers, chosen)
     seen = torch.zeros(2**tokenizer.config.bits, dtype=torch.uint8)
     total, number, shown, bad = 0.0, 0, None, data.BadPictures(pictures)
-    for images, _, _, unreadable in batches:
-        bad.add(unreadable)
+    for batch in batches:
+        bad.add(batch.unreadable)
+        images = batch.images
         if len(images) == 0:
             continue
         with runtime.autocast(rt.device, args.precision):

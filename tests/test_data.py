@@ -415,10 +415,11 @@ def test_batches_do_not_depend_on_workers_nor_move_the_global_generator(tmp_path
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert len(alone) == len(helped) == 8
-    for (images, labels, bad), other in zip(alone, helped):
-        assert images.dtype == torch.uint8 and images.shape == (4, 3, 16, 16) and labels.dtype == torch.int64
-        assert torch.equal(images, other[0]) and torch.equal(labels, other[1]) and bad == other[2]
-    assert {dataset.name(index) for _, _, bad in alone for index in bad} == {"class2/11.png"}
+    for ours, other in zip(alone, helped):
+        assert ours.images.dtype == torch.uint8 and ours.images.shape == (4, 3, 16, 16)
+        assert ours.labels.dtype == torch.int64 and ours.unreadable == other.unreadable
+        assert torch.equal(ours.images, other.images) and torch.equal(ours.labels, other.labels)
+    assert {dataset.name(index) for batch in alone for index in batch.unreadable} == {"class2/11.png"}
 
 
 def _no_shared_memory():

@@ -12,7 +12,7 @@ from scripts import ROOT, log_lines, on_two_ranks, run
 from torch import nn
 
 from ar_model import ARConfig, ARTransformer, clip_gradients, cross_entropies
-from passes import Gradients, Graphs
+from fast.graphs import Gradients, Graphs
 from runtime import Runtime
 
 
@@ -143,7 +143,8 @@ SCRIPTS = {
 }
 # Both runs in one process: another would find other convolution algorithms the fastest.
 BOTH = """
-import pathlib, runpy, sys, torch, passes
+import pathlib, runpy, sys, torch
+import fast.graphs as passes
 record, recorded = passes.Graphs._record, []
 passes.Graphs._record = lambda self, *args: recorded.append(args[0].__name__) or record(self, *args)
 torch.backends.cudnn.deterministic = True
