@@ -11,26 +11,22 @@ first the pre and then, given it, the post sub-token (the intra-token blocks).
     images = tokenizer.decode(indices.view(B, 16, 16))
 
 Letters: B batch, N tokens (grid^2, or the first of them), d width, H heads, D head width, V vocabulary of a sub-token.
-`rows` are the sequences that run: B, or 2 B where guidance adds the null class's branch."""
+`rows` are the sequences that run: B, or 2 B where guidance adds the null class's branch.
+"""
 
-import contextlib
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fast
 from checkpoint import entries_of, locate, match, read_weights
 from lfq import merge_indices
 from runtime import UserError, reading, to_device
-from tokenizer import TokenizerConfig, tokenizer_from_entries
-
-fused_sampling = fused_training = None
-if torch.cuda.is_available():  # Triton kernels; their import takes a second, which no CPU run should pay
-    with contextlib.suppress(ImportError):
-        import fused_sampling
-        import fused_training
+from tokenizer import own_tokenizer, tokenizer_from_entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +46,14 @@ class ARConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "factorized_bits", tuple(self.factorized_bits))  # JSON makes it a list
-        for name in ("width", "heads", "spatial_layers", "intra_layers", "grid", "num_classes"):
-            value, limit = getattr(self, name), 1024 if name == "grid" else 10**6
-            if type(value) is not int or not 1 <= value <= limit:
-                raise UserError(f"{name} must be a whole number of 1 to {limit}, not {value!r}")
-        if self.width % self.heads or self.head_width % 4:
-            raise UserError(
-                f"width {self.width} over {self.heads} heads: a head's width must be a whole multiple of 4 "
-                f"(rotation pairs, half of them for rows and half for columns)"
-            )
-        bits = self.factorized_bits
-        if len(bits) != 2 or not all(type(b) is int and b >= 1 for b in bits) or sum(bits) > 30:
-            raise UserError(f"factorized_bits must be two whole numbers (pre, post), 30 at most in all, not {bits}")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+        sizes = (self.width, self.heads, self.spatial_layers, self.intra_layers, self.num_classes, self.grid)
+        if not all(type(n) is int and 1 <= n <= 10**6 for n in (*sizes, *self.factorized_bits)) or self.grid > 1024:
+            raise UserError(f"sizes must be whole numbers from 1 to a million, the grid up to 1024: {self}")
+        if self.width % (4 * self.heads):  # rotation pairs, half of them for rows, half for columns
+            raise UserError(f"width {self.width} over {self.heads} heads: a head's width must be a whole multiple of 4")
+        if len(self.factorized_bits) != 2 or sum(self.factorized_bits) > 30:
+            raise UserError(f"factorized_bits must be two (pre, post), 30 at most in all, not {self.factorized_bits}")
+        if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
     @property
@@ -121,21 +112,25 @@ def rotate(x, rotary):
     return (x.float() * cos + swapped.float() * sin).type_as(x)
 
 
-def add_norm(x, added, norm, dropout=0.0, training=False):
-    """(x + dropout(added), its norm): how every step of the residual stream begins. added None: (x, its norm)."""
-    if fused_training and fused_training.usable(x):
-        return fused_training.add_norm(x, added, norm.weight, dropout if training else 0.0)
-    if added is not None:
-        x = x + F.dropout(added, dropout, training)
-    return x, norm(x)
+def rotated_heads(qkv, rotary, heads):
+    """(rows, N, 3 d) -> q, k, v, three of (rows, H, N, D), q and k rotated."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return rotate(q, rotary), rotate(k, rotary), v
+
+
+@fast.path("attention.causal")
+def causal_attention(qkv, rotary, heads):
+    """qkv (rows, N, 3 d), rotary (2, N, D/2) -> (rows, N, d)."""
+    q, k, v = rotated_heads(qkv, rotary, heads)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return mixed.transpose(1, 2).flatten(2)  # (rows, H, N, D) -> (rows, N, d)
 
 
 class Attention(nn.Module):
-    """Causal self-attention, (rows, N, d) -> (rows, N, d).
+    """The spatial blocks' causal self-attention, (rows, N, d) -> (rows, N, d).
 
-    With a cache (2, rows, H, length, D) there is one input, N = 1, and it stands at position `start`: its key and value
-    are written there, and it attends to the filled part only, 0..start.
-    """
+    With a cache (2, rows, H, length, D) x is the one token, N = 1, at `position`: its key and value are written there,
+    and it attends to those up to it."""
 
     def __init__(self, config):
         super().__init__()
@@ -143,40 +138,33 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x, rotary, cache=None, start=0):
+    def forward(self, x, rotary, cache=None, position=0):
         qkv = self.wqkv(x)
-        if cache is None and fused_training and fused_training.usable(x, x.shape[-1] // self.heads):
-            return self.wo(fused_training.attend(qkv, rotary, self.heads))
-        # (rows, N, 3 d) -> three of (rows, H, N, D)
-        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key = rotate(query, rotary), rotate(key, rotary)
-        if cache is not None:
-            cache[0, :, :, start], cache[1, :, :, start] = key[:, :, 0], value[:, :, 0]
-            key, value = cache[:, :, :, : start + 1]
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None)
-        return self.wo(mixed.transpose(1, 2).flatten(2))  # (rows, H, N, D) -> (rows, N, d)
+        if cache is None:
+            return self.wo(causal_attention(qkv, rotary, self.heads))
+        q, k, v = rotated_heads(qkv, rotary, self.heads)
+        cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
+        k, v = cache[:, :, :, : position + 1]
+        return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class PairAttention(Attention):
-    """The intra-token blocks' attention, over sequences of two: the same function in closed form.
+    """The intra-token blocks' causal self-attention, over one or two elements: (rows, 1 or 2, d) -> the same.
 
-    The first element sees itself only. The second weighs both by a softmax of (0, q.k / sqrt(D)): the score with the
-    first is 0, as its key is zeroed like the class's, and its own position is grid place 0, which turns nothing.
-    """
+    Released weights: the pair takes positions 0 and 1 of the spatial blocks' rotary table. Position 0 makes the first
+    element's q and k vanish, position 1 (grid place 0) turns nothing. So the first element gets its own v, and the
+    second weighs both v by a softmax of the scores (0, q.k / sqrt(D)), which is a sigmoid."""
 
-    def forward(self, x, rotary, cache=None, start=0):
-        if cache is not None or x.shape[1] != 2:
-            return super().forward(x, rotary, cache, start)
-        # The first element's query and key are not needed.
-        of_asking, of_values = self.wqkv.weight.split([2 * x.shape[-1], x.shape[-1]])
-        of_first, of_second = F.linear(x, of_values).unbind(1)
-        query, key, first, second = (
-            part.unflatten(-1, (self.heads, -1)).float()  # (rows, d) -> (rows, H, D)
-            for part in (*F.linear(x[:, 1], of_asking).chunk(2, -1), of_first, of_second)
-        )
-        score = (query * key).sum(-1, keepdim=True) / math.sqrt(query.shape[-1])
-        second = torch.lerp(first, second, score.sigmoid()).flatten(1).type_as(of_first)
-        return self.wo(torch.stack([of_first, second], dim=1))
+    def forward(self, x):
+        w_qk, w_v = self.wqkv.weight.split([2 * x.shape[-1], x.shape[-1]])
+        v = F.linear(x, w_v)  # (rows, 1 or 2, d)
+        if x.shape[1] == 1:
+            return self.wo(v)
+        q, k = F.linear(x[:, 1], w_qk).unflatten(-1, (2, self.heads, -1)).float().unbind(1)  # (rows, H, D)
+        first, second = v.unflatten(-1, (self.heads, -1)).float().unbind(1)  # (rows, H, D)
+        score = (q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[-1])
+        second = torch.lerp(first, second, score.sigmoid()).flatten(1)  # (rows, d)
+        return self.wo(torch.stack([v[:, 0], second.type_as(v)], dim=1))
 
 
 class FeedForward(nn.Module):
@@ -190,17 +178,11 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, config.width, bias=False)
 
     def forward(self, x):
-        if fused_training and fused_training.usable(x):
-            return self.w2(fused_training.gate(F.linear(x, torch.cat([self.w1.weight, self.w3.weight]))))
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; dropout on what attention and feed-forward add, none inside attention.
-
-    (x, added) -> (x, added): what the feed-forward adds is left to the next block, whose first norm takes it in the
-    same pass over memory. `added` is None for the first.
-    """
+    """Pre-norm transformer block, (rows, N, d) -> (rows, N, d); dropout on what attention and feed-forward add."""
 
     def __init__(self, config, attention=Attention):
         super().__init__()
@@ -210,11 +192,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x, added, rotary, cache=None, start=0):
-        x, y = add_norm(x, added, self.attention_norm, self.dropout, self.training)
-        added = self.attention(y, rotary, cache, start)
-        x, y = add_norm(x, added, self.ffn_norm, self.dropout, self.training)
-        return x, self.feed_forward(y)
+    def forward(self, x, *place):  # place: rotary, cache, position, as the attention takes them
+        x = x + F.dropout(self.attention(self.attention_norm(x), *place), self.dropout, self.training)
+        return x + F.dropout(self.feed_forward(self.ffn_norm(x)), self.dropout, self.training)
 
 
 class ARTransformer(nn.Module):
@@ -242,8 +222,8 @@ class ARTransformer(nn.Module):
         for head in self.head:
             nn.init.zeros_(head.weight)
 
-    def _rotary(self):
-        # Some ten small operations: cheaper than a buffer that .to(bfloat16) would round.
+    def rotary(self):
+        # Not a buffer, which .to(bfloat16) would round.
         return rotary_table(self.config.grid, self.config.head_width, self.norm.weight.device)
 
     def forward(self, sub_indices, class_labels):
@@ -259,34 +239,24 @@ class ARTransformer(nn.Module):
         if self.training:
             dropped = torch.rand(batch, device=class_labels.device) < self.class_dropout
             class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
-        rotary = self._rotary()[:, :tokens].contiguous()
         # The class predicts token 0, token t - 1 predicts token t: the last token only ever is an answer.
-        given = self.pre_emb(pre[:, :-1]) + self.post_emb(post[:, :-1])
+        given = self.pre_emb(pre[:, :-1]) + self.post_emb(post[:, :-1])  # (B, N - 1, d)
         x = torch.cat([self.class_emb["embedding_table"](class_labels)[:, None], given], dim=1)  # (B, N, d)
-        x, added = F.dropout(x, self.config.dropout, self.training), None
+        x = F.dropout(x, self.config.dropout, self.training)
+        rotary = self.rotary()[:, :tokens].contiguous()  # (2, N, D/2)
         for block in self.spatial_blocks:
-            x, added = block(x, added, rotary)
-        x = x + F.dropout(added, self.config.dropout, self.training)
+            x = block(x, rotary)
         pair = torch.stack([x, self.pre_emb(pre)], dim=2).flatten(0, 1)  # (B, N, 2, d) -> (B*N, 2, d)
-        added = None
         for block in self.factorized_blocks:
-            # Released weights: the pair takes positions 0 and 1 of the same table, so 0 is zeroed here too.
-            pair, added = block(pair, added, rotary[:, :2])
-        _, pair = add_norm(pair, added, self.norm, self.config.dropout, self.training)
-        parts = pair.unflatten(0, (batch, tokens)).unbind(2)  # (B*N, 2, d) -> two of (B, N, d)
+            pair = block(pair)
+        parts = self.norm(pair).unflatten(0, (batch, tokens)).unbind(2)  # (B*N, 2, d) -> two of (B, N, d)
         return [head(part) for head, part in zip(self.head, parts, strict=True)]
 
     @torch.no_grad()
     def generate(
-        self,
-        class_labels,
-        cfg_scale=(1.0, 1.0),
-        temperature=(1.0, 1.0),
-        top_k=(0, 0),
-        top_p=(1.0, 1.0),
-        seeds=None,
-        max_tokens=None,
-    ):
+        self, class_labels, cfg_scale=(1.0, 1.0), temperature=(1.0, 1.0), top_k=(0, 0), top_p=(1.0, 1.0),
+        seeds=None, max_tokens=None,
+    ):  # fmt: skip
         """Draw images' tokens, with classifier-free guidance; always in eval mode.
 
         class_labels: (B,) in 0..num_classes. Every option is a pair (pre, post): `cfg_scale`, where (1, 1) is no
@@ -294,130 +264,106 @@ class ARTransformer(nn.Module):
         integer an image (0..B-1 where None); an image is a function of its seed, class and options, not of its batch.
         max_tokens: stop after so many (grid^2 where None).
         Returns merged indices (B, max_tokens) int64. Raises UserError for options out of range."""
-        tokens = self.config.grid**2 if max_tokens is None else max_tokens
+        config, device = self.config, self.norm.weight.device
+        tokens = config.grid**2 if max_tokens is None else max_tokens
         seeds = list(range(len(class_labels)) if seeds is None else seeds)
-        check_sampling(cfg_scale, temperature, top_k, top_p)
-        self._check_request(class_labels, seeds, tokens)
-        device = self.norm.weight.device
+        check_sampling(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        if not len(seeds) == len(class_labels) > 0:
+            raise UserError(f"{len(class_labels)} images need as many seeds, not {len(seeds)}, and at least one")
+        if not 1 <= tokens <= config.grid**2:
+            raise UserError(f"max_tokens must be 1 to {config.grid**2} (the grid), not {tokens}")
+        lowest, highest = class_labels.aminmax()
+        if lowest < 0 or highest > config.num_classes:
+            raise UserError(f"class labels must be 0 to {config.num_classes} (no class), not {lowest} to {highest}")
         guide = any(scale != 1 for scale in cfg_scale)
-        options = list(zip(cfg_scale if guide else (None, None), temperature, top_k, top_p, strict=True))
+        scales = cfg_scale if guide else (None, None)
+        options = [SubTokenOptions(*part) for part in zip(scales, temperature, top_k, top_p, strict=True)]
         # Draws are made in float64, which accelerators but CUDA's lack.
         dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-        uniforms = to_device(image_uniforms(seeds, self.config.grid**2).to(dtype), device)
+        uniforms = to_device(image_uniforms(seeds, config.grid**2).to(dtype), device)
         labels = class_labels.to(device, non_blocking=True)
         if guide:  # both branches run as one batch: the images' classes, then as many null classes
-            labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
-        if fused_sampling and fused_sampling.usable(self):
-            decoder = fused_sampling.decoder_for(self, len(seeds), guide, options, self._computes_in())
-            indices = decoder.generate(labels, uniforms, tokens)
-            check_finite(decoder.logits)
-            return indices
-        rotary, caches = self._rotary(), self._caches(len(labels), tokens)
+            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
         was_training = self.training
         self.eval()
         try:
-            x = self.class_emb["embedding_table"](labels)[:, None]  # (rows, 1, d)
-            drawn = []
-            for t in range(tokens):  # nothing in here waits for the device
-                x, sub_tokens, logits = self._token_step(x, t, rotary, caches, uniforms[:, t], options)
-                drawn.append(merge_indices(sub_tokens, self.config.factorized_bits))
+            sub_tokens, logits = draw_tokens(self, labels, uniforms, options, tokens)
         finally:
             self.train(was_training)
-        check_finite(logits)
-        return torch.stack(drawn, dim=1)
+        if not all(part.isfinite().all() for part in logits):  # what overflows once stays in the cache
+            raise UserError("the transformer's logits are not finite; use --precision fp32 or bf16")
+        return merge_indices(sub_tokens.unbind(-1), config.factorized_bits)
 
-    def compile_blocks(self):
-        """Compile each block for itself: one compilation serves all blocks of a kind, and state-dict entries keep their
-        names."""
-        import torch._functorch.config  # which nothing else may have imported
 
-        # Its keys leave out kernels of the backward pass: it would go on using the old ones after they were edited.
-        torch._functorch.config.enable_autograd_cache = False
-        for block in (*self.spatial_blocks, *self.factorized_blocks):
-            block.compile(dynamic=False)
-
-    def train(self, mode=True):
-        if mode and fused_sampling:
-            fused_sampling.forget(self)  # a model that trains needs the memory
-        return super().train(mode)
-
-    def _computes_in(self):
-        """The type of matrix products: autocast's, or the weights'."""
-        weight = self.norm.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-
-    def _caches(self, rows, tokens):
-        """Keys and values (layers, 2, rows, H, N, D) of the spatial and of the intra-token blocks (N = 2)."""
-        config, dtype = self.config, self._computes_in()
-        return [
-            self.norm.weight.new_empty((layers, 2, rows, config.heads, length, config.head_width), dtype=dtype)
-            for layers, length in ((config.spatial_layers, tokens), (config.intra_layers, 2))
-        ]
-
-    def _token_step(self, x, position, rotary, caches, uniforms, options):
-        """One token of every image: x (rows, 1, d) enters at `position`, uniforms (B, 2) decide the draws.
-
-        Returns the next x, the sub-tokens [pre, post], (B,) each, and their logits. No shape depends on `position`,
-        except how much of the spatial cache is attended to.
-        """
-        spatial_cache, intra_cache = caches
-        added = None
-        for block, cache in zip(self.spatial_blocks, spatial_cache, strict=True):
-            x, added = block(x, added, rotary[:, position : position + 1], cache, position)
-        sub_tokens, all_logits, following = [], [], 0
-        for part, embedding in enumerate((self.pre_emb, self.post_emb)):
-            for block, cache in zip(self.factorized_blocks, intra_cache, strict=True):
-                x, added = block(x, added, rotary[:, part : part + 1], cache, part)
-            logits = self.head[part](add_norm(x, added, self.norm)[1])[:, 0].float()  # (rows, V)
-            sub_token = _sample(logits, uniforms[:, part], *options[part])
-            sub_tokens.append(sub_token)
-            all_logits.append(logits)
-            # Both branches of guidance go on from the token drawn.
-            x = embedding(sub_token).repeat(len(x) // len(sub_token), 1)[:, None]  # (B,) -> (rows, 1, d)
-            added = None
-            following = following + x  # the next position's input is the sum of the two embeddings
-        return following, sub_tokens, all_logits
-
-    def _check_request(self, class_labels, seeds, tokens):
-        if len(seeds) != len(class_labels):
-            raise UserError(f"{len(class_labels)} images need as many seeds, not {len(seeds)}")
-        if not 1 <= tokens <= self.config.grid**2:
-            raise UserError(f"max_tokens must be 1 to {self.config.grid**2} (the grid), not {tokens}")
-        if len(class_labels) == 0:
-            raise UserError("class_labels is empty; give at least one")
-        lowest, highest = class_labels.aminmax()
-        if lowest < 0 or highest > self.config.num_classes:
-            raise UserError(
-                f"class labels must be 0 to {self.config.num_classes} (the null class), not {lowest} to {highest}"
-            )
+def cross_entropies(logits, sub_indices):
+    """The mean cross entropies (pre, post), in nats, float32, of two logits (B, N, V) and indices (B, N)."""
+    return tuple(
+        F.cross_entropy(part.float().flatten(0, 1), answer.flatten())
+        for part, answer in zip(logits, sub_indices, strict=True)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
-def check_sampling(cfg_scale, temperature, top_k, top_p):
+class SubTokenOptions(NamedTuple):
+    """How a sub-token is drawn. scale: of guidance; None where no null branch runs."""
+
+    scale: float | None
+    temperature: float
+    top_k: int
+    top_p: float
+
+    def adjust(self, logits):
+        """Guidance, temperature, top-k, top-p: logits (rows, V) -> (B, V)."""
+        if self.scale is not None:
+            cond, null = logits.chunk(2)
+            logits = null + self.scale * (cond - null)
+        return filter_logits(logits / self.temperature, self.top_k, self.top_p)
+
+
+@fast.path("decode.draw_tokens")
+def draw_tokens(model, labels, uniforms, options, tokens):
+    """Draw B images' tokens, one after the other. Nothing in here waits for the device.
+
+    labels (rows,), uniforms (B, grid^2, 2), options: the two sub-tokens' `SubTokenOptions`. Returns the sub-tokens (B,
+    tokens, 2) int64, and the two logits (rows, V) of the last token."""
+    rotary, config, drawn = model.rotary(), model.config, []
+    dtype = model.norm.weight.dtype
+    if torch.is_autocast_enabled(labels.device.type):
+        dtype = torch.get_autocast_dtype(labels.device.type)
+    shape = (config.spatial_layers, 2, len(labels), config.heads, tokens, config.head_width)
+    caches = torch.empty(shape, dtype=dtype, device=labels.device)  # of keys and values
+    x = model.class_emb["embedding_table"](labels)[:, None]  # (rows, 1, d)
+    for t in range(tokens):
+        for block, cache in zip(model.spatial_blocks, caches, strict=True):
+            x = block(x, rotary[:, t : t + 1], cache, t)
+        elements, sub_tokens, logits = x, [], []
+        for part, embedding in enumerate((model.pre_emb, model.post_emb)):
+            y = elements  # (rows, 1, d), then with the pre sub-token (rows, 2, d)
+            for block in model.factorized_blocks:
+                y = block(y)
+            logits.append(model.head[part](model.norm(y[:, -1])).float())  # (rows, V)
+            sub_tokens.append(draw(options[part].adjust(logits[part]), uniforms[:, t, part]))  # (B,)
+            # Both branches of guidance go on from the token drawn.
+            embedded = embedding(sub_tokens[part]).repeat(len(x) // len(uniforms), 1)  # (B, d) -> (rows, d)
+            elements = torch.cat([elements, embedded[:, None]], dim=1)
+        x = elements[:, 1:].sum(1, keepdim=True)  # the next position's input is the sum of the two embeddings
+        drawn.append(torch.stack(sub_tokens, dim=-1))
+    return torch.stack(drawn, dim=1), logits
+
+
+# Smallest and largest of each option; beyond 1000, logits overflow.
+LIMITS = {"cfg_scale": (-1000, 1000), "temperature": (1e-3, 1000), "top_k": (0, 2**30), "top_p": (1e-30, 1)}
+
+
+def check_sampling(**options):
     """Raises UserError where an option of `generate` is no pair (pre, post) or out of range."""
-    pairs = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    for name, pair in pairs.items():
-        if len(pair) != 2:
-            raise UserError(f"{name} must be a pair (pre, post), not {pair}")
-    if not all(abs(scale) <= 1000 for scale in cfg_scale):  # beyond, logits overflow
-        raise UserError(f"cfg_scale must be finite and at most 1000, not {cfg_scale}")
-    if not all(1e-3 <= value <= 1000 for value in temperature):
-        raise UserError(
-            f"temperature must be above 0 (0.001 to 1000), not {temperature}; for the likeliest token use top_k 1"
-        )
-    if not all(k >= 0 and k == int(k) for k in top_k):
-        raise UserError(f"top_k must be whole numbers, 0 (off) or more, not {top_k}")
-    if not all(0 < p <= 1 for p in top_p):
-        raise UserError(f"top_p must be above 0 and at most 1 (off), not {top_p}")
-
-
-def guided(cond, uncond, scale):
-    """Classifier-free guidance of logits: uncond + scale * (cond - uncond)."""
-    return uncond + scale * (cond - uncond)
+    for name, pair in options.items():
+        lowest, highest = LIMITS[name]
+        if len(pair) != 2 or not all(lowest <= value <= highest for value in pair):
+            raise UserError(f"{name} must be a pair (pre, post) of numbers from {lowest} to {highest}, not {pair}")
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -451,71 +397,10 @@ def draw(logits, uniforms):
     return passes.int().argmax(-1)  # the first
 
 
-def check_finite(logits):
-    """Raises UserError where the last token's logits are not finite: what overflows once stays in the cache."""
-    if not all(part.isfinite().all() for part in logits):
-        raise UserError("the transformer's logits are not finite; use --precision fp32 or bf16")
-
-
-def _sample(logits, uniforms, scale, temperature, top_k, top_p):
-    """Logits (rows, V) -> sub-tokens (B,): guidance (unless scale is None), temperature, filter, draw."""
-    if scale is not None:
-        logits = guided(*logits.chunk(2), scale)
-    return draw(filter_logits(logits / temperature, top_k, top_p), uniforms)
-
-
 def image_uniforms(seeds, tokens):
     """Uniforms (B, N, 2) in [0, 1), float64, on the CPU: each image's come from its own seed."""
-    return torch.stack(
-        [
-            torch.rand(tokens, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(int(seed)))
-            for seed in seeds
-        ]
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-def cross_entropies(logits, sub_indices):
-    """The mean cross entropies (pre, post), in nats, float32, of two logits (B, N, V) and indices (B, N)."""
-    return tuple(
-        F.cross_entropy(part.float().flatten(0, 1), answer.flatten())
-        for part, answer in zip(logits, sub_indices, strict=True)
-    )
-
-
-def clip_gradients(optimizer, in_step=False):
-    """Clip the gradients of all parameters together to a norm of 1; returns the norm before, a tensor.
-
-    in_step: leave the scaling to the optimizer's step, which saves a pass over memory. For fused optimizers and
-    unsharded gradients, before every step, and after a GradScaler's `unscale_`.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not in_step:
-        return torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    optimizer.grad_scale = (norm + 1e-6).clamp(min=1)  # fused optimizers divide gradients by this attribute
-    return norm
-
-
-def learning_rate(
-    iteration, peak, iterations_an_epoch, epochs, warmup_epochs, warmup_start=0.005, flat=0.05, floor=0.1
-):
-    """Learning rate of an iteration, counted from 0.
-
-    A linear warm-up from warmup_start * peak over `warmup_epochs`, rounded to whole iterations; then, over the
-    iterations that remain, the peak for their first `flat` share, and a straight line to floor * peak, reached at the
-    last iteration.
-    """
-    warmup, last = round(warmup_epochs * iterations_an_epoch), epochs * iterations_an_epoch - 1
-    if iteration < warmup:
-        return peak * (warmup_start + (1 - warmup_start) * iteration / warmup)
-    done = (iteration - warmup) / max(last - warmup, 1)
-    if done <= flat:
-        return peak
-    return peak * (floor + (1 - floor) * (1 - done) / (1 - flat))
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    return torch.stack([torch.rand(tokens, 2, dtype=torch.float64, generator=generator) for generator in generators])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -532,59 +417,48 @@ def load_ar(path_or_name, config=None):
     at fault and the size expected; nothing is loaded in part."""
     path = locate(path_or_name, RELEASED_AR)
     with reading(path, "a transformer file"):
-        content = read_weights(path)
+        content, class_names, tokenizer = read_weights(path), None, None
         kind = content.get("kind") if isinstance(content, dict) else None
-        if kind == "tokenizer":
-            raise UserError(f"{path} is a tokenizer file; give a transformer file (from train_ar.py, or AR_256_B.ckpt)")
         if kind == "ar":  # this project's own
             try:
                 config, entries = config or ARConfig(**content["config"]), content["model"]
-                class_names, carried = content["class_names"], content["tokenizer"] or {}
-                tokenizer_entries = carried and carried["state"]
-                tokenizer_config = carried and TokenizerConfig(**carried["config"])
+                class_names = content["class_names"]
                 if class_names and [type(name) for name in class_names] != [str] * config.num_classes:
                     raise UserError(f"class_names are not those of {config.num_classes} classes")
+                tokenizer = own_tokenizer(content, path) if content["tokenizer"] else None
             except (KeyError, TypeError, UserError) as error:
                 raise UserError(f"{path} is no whole transformer file of this project: {error}") from None
         else:
-            class_names = tokenizer_config = None
-            entries, tokenizer_entries = {}, {}
+            entries, carried = {}, {}
             for name, value in entries_of(content, path).items():
                 if name.startswith("first_stage_model."):
-                    tokenizer_entries[name.removeprefix("first_stage_model.")] = value
+                    carried[name.removeprefix("first_stage_model.")] = value
                 elif (short := name.removeprefix("transformer.")) in entries:
                     raise UserError(f"{path} holds entry {short} twice, with and without transformer. before it")
                 else:
                     entries[short] = value
             config = config or _config_by_width(entries, path)
+            tokenizer = tokenizer_from_entries(carried, path) if carried else None
         if config.spatial_layers + config.intra_layers > len(entries):  # before so many are built
             raise UserError(f"{path} holds {len(entries)} entries, too few for the blocks of its size")
         with torch.device("meta"):  # no memory and no time for an initialisation that is replaced
             model = ARTransformer(config)
-        match(entries, model.state_dict(), path, _describe(config))
+        size = next((name for name, size in AR_SIZES.items() if size == config), "own")
+        match(entries, model.state_dict(), path, f"the {size} transformer, {config}")
         model.load_state_dict({name: value.float() for name, value in entries.items()}, assign=True)
         model.class_names = class_names
-        if not tokenizer_entries:
-            return model.eval(), None
-        return model.eval(), tokenizer_from_entries(tokenizer_entries, path, tokenizer_config)
+        return model.eval(), tokenizer
 
 
 def _config_by_width(entries, source):
     """The paper's size whose width the entries have: the width fixes heads and grid."""
     table = entries.get("class_emb.embedding_table.weight")
     if not isinstance(table, torch.Tensor) or table.ndim != 2:
-        if any(name.startswith(("encoder.", "decoder.")) for name in entries):
-            raise UserError(f"{source} is a tokenizer file; give a transformer file, such as AR_256_B.ckpt")
+        if any(name.startswith(("encoder.", "decoder.", "tokenizer")) for name in entries):
+            raise UserError(f"{source} is a tokenizer file; give one of train_ar.py, or AR_256_B.ckpt")
         raise UserError(f"{source} holds no transformer: entry class_emb.embedding_table.weight is missing")
     for name in RELEASED_AR:
         if AR_SIZES[name].width == table.shape[1]:
             return AR_SIZES[name]
-    raise UserError(
-        f"{source} is a bare state dict of width {table.shape[1]}, which is no released size, so its heads "
-        f"and grid cannot be told; use a checkpoint of train_ar.py, which carries them, or give the config"
-    )
-
-
-def _describe(config):
-    name = next((f"{name} transformer" for name, size in AR_SIZES.items() if size == config), "transformer")
-    return f"a {name} of size {dataclasses.asdict(config)}"
+    what = "no released size, so its heads and grid cannot be told; use a checkpoint of train_ar.py, or give the config"
+    raise UserError(f"{source} is a bare state dict of width {table.shape[1]}, {what}")

@@ -9,6 +9,7 @@ work's arithmetic (training, decoding) or its least traffic (sampling: weights a
 time, against this GPU's own rate, measured at the start: a large bf16 matrix product, a large device-to-device copy.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -23,22 +24,13 @@ import torch
 from PIL import Image
 
 import data
+import fast
 import losses
 import runtime
-from ar_model import AR_SIZES, ARTransformer, clip_gradients, cross_entropies
+from ar_model import AR_SIZES, ARTransformer, cross_entropies
 from fast.graphs import Gradients, Graphs
 from lfq import entropy_terms, split_indices
-from tokenizer import TOKENIZER_SIZES, Tokenizer
-
-try:
-    import fused_entropy
-    import fused_norm
-    import fused_sampling
-    import fused_training
-
-    FUSED = fused_entropy, fused_norm, fused_sampling, fused_training
-except ImportError:  # no Triton: nothing to switch
-    FUSED = ()
+from tokenizer import TOKENIZER_SIZES, Tokenizer, Upsampler
 
 # GFLOP an image, forward, 2 a multiply-add: encoder, decoder of 256_L; VGG16 of LPIPS; the discriminator.
 ENCODER, DECODER, VGG, DISCRIMINATOR = 266e9, 317e9, 40e9, 6.3e9
@@ -109,15 +101,12 @@ class Bench:
         return statistics.median(times), torch.cuda.max_memory_allocated() - before
 
 
+@contextlib.contextmanager
 def plain():
-    """Switch the fused kernels off, for comparison; `fast()` switches them on again."""
-    for module in FUSED:
-        module.ENABLED = False
-
-
-def fast():
-    for module in FUSED:
-        module.ENABLED = True
+    """Everything plain, for comparison: as FAST=0."""
+    fast.ON = False
+    yield
+    fast.ON = True
 
 
 def row(what, ours, other, memory, share=None, images=None):
@@ -170,8 +159,7 @@ def tokenizer_step(bench, batch, compiled):
     if compiled:
         for module in (tokenizer, lpips, discriminator):
             module.to(memory_format=torch.channels_last)
-        lpips.compile(dynamic=False)
-        tokenizer.decoder.compile_upsamplers()
+        fast.compile(lpips, *(part for part in tokenizer.modules() if isinstance(part, Upsampler)))
     lecam = losses.LeCAM().to(device)
     trained = [*tokenizer.parameters(), *discriminator.parameters()]
     average = [p.detach().clone() for p in trained]
@@ -214,9 +202,8 @@ def bench_tokenizer(bench, batches=(8, 32, 64)):
     for batch in batches:
         other = None
         if batch == 8:
-            plain()
-            other, _ = bench.time(tokenizer_step(bench, batch, compiled=False), 5)
-            fast()
+            with plain():
+                other, _ = bench.time(tokenizer_step(bench, batch, compiled=False), 5)
         step = tokenizer_step(bench, batch, compiled=True)
         ours, memory = bench.time(step, 10)
         share = STEP_256_L * batch / ours / bench.flops
@@ -232,7 +219,7 @@ def transformer_step(bench, name, batch, compiled, grid=16):
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     loss_terms = cross_entropies
     if compiled:
-        model.compile_blocks()
+        fast.compile(*model.spatial_blocks, *model.factorized_blocks)
         loss_terms = torch.compile(cross_entropies, dynamic=False)
     codes = torch.randint(2**18, (batch, grid**2), device=bench.device)
     labels = torch.randint(1000, (batch,), device=bench.device)
@@ -249,7 +236,7 @@ def transformer_step(bench, name, batch, compiled, grid=16):
 
     def step():
         graphs.run(run_pass, gradients, True, codes, labels)
-        clip_gradients(optimizer, in_step=True)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
     return step, model
@@ -278,10 +265,9 @@ def bench_transformer(bench, cases=TRAINED):
     for name, batch, grid in cases:
         other = None
         if (name, batch, grid) == ("B", 96, 16):
-            plain()
-            step, model = transformer_step(bench, name, batch, compiled=False)
-            other, _ = bench.time(step, 5)
-            fast()
+            with plain():
+                step, model = transformer_step(bench, name, batch, compiled=False)
+                other, _ = bench.time(step, 5)
             del step, model
         step, model = transformer_step(bench, name, batch, True, grid)
         ours, memory = bench.time(step, 10)
@@ -311,9 +297,8 @@ def bench_sampling(bench, cases=SAMPLED):
 
         other = None
         if (name, batch, grid) == ("B", 50, 16):
-            plain()
-            other, _ = bench.time(work, 1)
-            fast()
+            with plain():
+                other, _ = bench.time(work, 1)
         ours, memory = bench.time(work, 3)
         config = model.config
         weights = 2 * sum(
@@ -336,9 +321,8 @@ def bench_decoder(bench, batch=50):
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             tokenizer.decode(indices)
 
-    plain()
-    other, _ = bench.time(work, 5)
-    fast()
+    with plain():
+        other, _ = bench.time(work, 5)
     tokenizer.to(memory_format=torch.channels_last)
     ours, memory = bench.time(work)
     yield row(f"256_L decoder, {batch} images", ours, other, memory, DECODER * batch / ours / bench.flops, batch)

@@ -10,21 +10,12 @@ sign, so a pixel's K signs are its code and, read as bits, its index in 0..2^K-1
 Letters: B batch, K bits, h w latent grid, N tokens = B*h*w.
 """
 
-import contextlib
-import functools
-
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from runtime import exact_float32
-
-fused_entropy = None
-if torch.cuda.is_available():  # Triton kernels
-    with contextlib.suppress(ImportError):
-        import fused_entropy
 
 
 def codes_to_indices(codes):
@@ -40,8 +31,7 @@ def indices_to_codes(indices, bits=18, dtype=torch.float32):
 
 
 def split_indices(indices, factorized_bits=(6, 12)):
-    """Sub-tokens of each index, lowest bits first: (...) -> one (...) a part. For (6, 12): pre 0..63, post
-    0..4095."""
+    """Sub-tokens of each index, lowest bits first: (...) -> one (...) a part. For (6, 12): pre 0..63, post 0..4095."""
     parts, shift = [], 0
     for bits in factorized_bits:
         parts.append(indices >> shift & (2**bits - 1))
@@ -58,108 +48,63 @@ def merge_indices(sub_indices, factorized_bits=(6, 12)):
     return index
 
 
-@functools.lru_cache
-def _patterns(bits, device, dtype):
-    """Which of the 2 K numbers (log p_i, then log q_i) add up to the logarithm of each half's each sign pattern: zeros
-    and ones, (2 K, 2^(K//2) + 2^(K - K//2)), first the low bits' patterns; pattern j's sign i is bit i."""
-    halves = []
-    for count in (bits // 2, bits - bits // 2):
-        positive = torch.arange(2**count, device=device) >> torch.arange(count, device=device)[:, None] & 1
-        halves.append(positive)
-    positive, negative = torch.block_diag(*halves), torch.block_diag(*(1 - half for half in halves))
-    return torch.cat([positive, negative]).to(dtype)
-
-
-class _EntropyTerms(torch.autograd.Function):
-    """`entropy_terms` of z (N, K), with p_i = sigmoid(scale * z_i). The gradients are made with the terms: two tensors
-    of z's size are all that has to wait for the backward pass."""
+class ExactProduct(torch.autograd.Function):
+    """a^T b, forward and backward in full float32: TF32 would move the codebook entropy's gradient by percents."""
 
     @staticmethod
-    def forward(ctx, z, scale, eps, global_batch):
-        compute = _fused_terms if fused_entropy and fused_entropy.usable(z) else _terms
-        terms, gradients = compute(z.contiguous(), scale, eps, global_batch)
-        ctx.save_for_backward(*gradients)
-        return terms
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        with exact_float32(a.device):
+            return a.T @ b
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, of_sample, of_codebook):
-        sample, codebook = ctx.saved_tensors
-        return torch.addcmul(of_sample * sample, of_codebook, codebook), None, None, None
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        with exact_float32(a.device):
+            return b @ grad.T, a @ grad
 
 
-def _terms(z, scale, eps, global_batch):
-    """(sample and codebook entropy), (gradient of each).
+def pattern_probabilities(p, q):
+    """Probability of each pattern of k independent signs, (N, k) and (N, k) -> (N, 2^k); pattern j's sign i is bit i.
 
-    By hand because it is short and few operations are fast ones: the tables of both halves' sign patterns are one
-    matrix product of logarithms, the mean assignment another, (2^(K - K//2), 2^(K//2)), high half by low half; and
-    nothing of size 2^K * N is ever made. Without TF32: reduced precision here moves the codebook gradient by percents.
-    """
-    tokens, bits = z.shape
-    with exact_float32(z.device):
-        logits, patterns = z * scale, _patterns(bits, z.device, z.dtype)
-        # log p and log q, both from the logit: exact also where the probability rounds to 0 or 1.
-        logs = logsigmoid(torch.cat([logits, -logits], 1))  # (N, 2 K)
-        tables = (logs @ patterns).exp_()
-        low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
-        mean = high.T @ low / tokens
-        if global_batch:
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-        probabilities = logs.exp()
-        sample_entropy = -(probabilities * logs).sum() / tokens
-        above = mean + eps
-        log = above.log()
-        codebook_entropy = -(mean * log).sum()
-
-        # Backwards, from the mean to the tables' logarithms, log p and log q, and the logits. Every process of a global
-        # batch has the same of_mean, of which 1/world is its share: the mean of all gradients over processes brings
-        # that.
-        of_mean = -torch.addcdiv(log, mean, above)
-        of_tables = torch.cat([high @ of_mean, low @ of_mean.T], 1).mul_(tables)
-        of_log_p, of_log_q = (of_tables @ patterns.T).split(bits, 1)
-        p, q = probabilities.split(bits, 1)
-        # d log p = q d logit, d log q = -p d logit, d entropy = -logit p q d logit
-        of_codebook = (of_log_p * q - of_log_q * p) * (scale / tokens)
-        of_sample = logits * p * q * (-scale / tokens)
-    return (sample_entropy, codebook_entropy), (of_sample, of_codebook)
-
-
-def _fused_terms(z, scale, eps, global_batch):
-    """The same on a GPU: the many small operations around the matrix products are three kernels."""
-    tokens, bits = z.shape
-    tables, entropies = fused_entropy.tables_of(z, scale)
-    low, high = tables.split([2 ** (bits // 2), 2 ** (bits - bits // 2)], 1)
-    with exact_float32(z.device):
-        total = high.T @ low
-        if global_batch:
-            dist.all_reduce(total)
-            tokens *= dist.get_world_size()
-        codebook_entropy, of_mean = fused_entropy.codebook_entropy(total, 1 / tokens, eps)
-        of_tables = torch.empty_like(tables)
-        torch.mm(high, of_mean, out=of_tables[:, : low.shape[1]])
-        torch.mm(low, of_mean.T, out=of_tables[:, low.shape[1] :])
-    return (entropies.mean(), codebook_entropy), fused_entropy.gradients(z, tables, of_tables, scale)
+    p, q: probability of + and of -."""
+    pairs, table = torch.stack([q, p], 1), p.new_ones(len(p), 1)
+    for i in range(p.shape[1]):
+        table = (pairs[:, :, i, None] * table[:, None]).flatten(1)  # (N, 2, 1) * (N, 1, 2^i) -> (N, 2^(i+1))
+    return table
 
 
 def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     """Entropy of the soft assignment of tokens to all 2^K codes, without the (N, 2^K) table.
 
     The assignment of a token is softmax over codes c of 2 z.c / temperature. It factorises over bits: bit i is +1 with
-    probability p_i = sigmoid(4 z_i / temperature), independently. So a token's entropy is the sum of K binary
-    entropies, and the mean assignment over tokens is one matrix product of two halves' tables, (2^K/2, N) x (N, 2^K/2).
+    probability p_i = sigmoid(4 z_i / temperature), independently. So a token's entropy is the sum of K binary entropies,
+    and the mean assignment over tokens is one matrix product of two halves' tables, (2^K/2, N) x (N, 2^K/2).
 
-    z: (N, K) latents; computed in float64 on a CPU, which has it at hand, and elsewhere in float32 at least, whatever
-    autocast says. (In float32 the gradient of their difference is off by up to percents where tokens are few.) Returns
-    two scalars of that type, in nats: `sample_entropy`, mean over tokens; `codebook_entropy`, -sum_c pbar_c log(pbar_c
-    + eps) of the mean assignment pbar (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18: as published).
+    z: (N, K) latents. Returns two scalars, in nats: `sample_entropy`, mean over tokens; `codebook_entropy`, -sum_c pbar_c
+    log(pbar_c + eps) of the mean assignment pbar (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18: as
+    published). Computed in float64 on a CPU, elsewhere in float32 at least, whatever autocast says. (In float32 the
+    gradient of their difference is off by up to percents where tokens are few.)
 
     global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally many. The
-    gradient is then right once it is averaged over processes, as training does: that average is the gradient of one
-    process that holds all the tokens.
-    """
-    z = z.to(torch.promote_types(z.dtype, torch.float64 if z.device.type == "cpu" else torch.float32))
-    return _EntropyTerms.apply(z, 4 / temperature, eps, global_batch and dist.is_initialized())
+    gradient is then right once it is averaged over processes, as training does."""
+    wide = torch.float64 if z.device.type == "cpu" else torch.float32
+    logits = z.to(torch.promote_types(z.dtype, wide)) * (4 / temperature)
+    # Both from the logit, and by their logarithms: exact, with their gradients, also where p or q rounds to 1.
+    log_p, log_q = logsigmoid(logits), logsigmoid(-logits)
+    p, q = log_p.exp(), log_q.exp()
+    sample_entropy = -(p * log_p + q * log_q).sum(1).mean()
+
+    half = z.shape[1] // 2
+    low = pattern_probabilities(p[:, :half], q[:, :half])  # (N, 2^half)
+    high = pattern_probabilities(p[:, half:], q[:, half:])  # (N, 2^(K - half))
+    mean = ExactProduct.apply(high, low) / len(z)  # (2^(K - half), 2^half): entry [j, i] is code j * 2^half + i
+    if global_batch and dist.is_initialized():
+        everyone = mean.detach().clone()
+        dist.all_reduce(everyone)
+        mean = mean + (everyone / dist.get_world_size() - mean).detach()  # all processes' value, this one's gradient
+    codebook_entropy = -(mean * (mean + eps).log()).sum()
+    return sample_entropy, codebook_entropy
 
 
 class LFQ(nn.Module):
@@ -185,11 +130,6 @@ class LFQ(nn.Module):
             tokens = z.movedim(1, -1).reshape(-1, self.bits)  # (B, K, h, w) -> (N, K)
             sample, codebook = entropy_terms(tokens, self.temperature, self.eps, self.global_batch)
             commitment = (z.to(sample.dtype) - signs.detach().to(sample.dtype)).square().mean()
-            losses = {
-                "entropy": sample - codebook,
-                "sample_entropy": sample,
-                "codebook_entropy": codebook,
-                "commitment": commitment,
-            }
-            losses = {name: value.to(zero.dtype) for name, value in losses.items()}
+            terms = {"entropy": sample - codebook, "sample_entropy": sample, "codebook_entropy": codebook}
+            losses = {name: value.to(zero.dtype) for name, value in (terms | {"commitment": commitment}).items()}
         return z + (signs - z).detach(), indices, losses

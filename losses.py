@@ -11,7 +11,6 @@ from torch.nn.functional import relu, softplus
 
 from checkpoint import download, entries_of, match, read_weights
 from runtime import UserError
-from tokenizer import fast_layout
 
 # ----------------------------------------------------------------------------------------------------------------------
 # LPIPS (arXiv 1801.03924), version 0.1
@@ -120,7 +119,7 @@ class LPIPS(nn.Module):
 
     def features(self, x):
         """The five taps of x."""
-        return self.net(fast_layout(self.scaling_layer(x)))
+        return self.net(self.scaling_layer(x))
 
     def forward(self, x, y):
         # No gradient is ever wanted for the original's features: they cost neither memory nor a backward pass.
@@ -207,7 +206,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(layer.weight, 1, 0.02)
 
     def forward(self, x):
-        return self.main(fast_layout(x))
+        return self.main(x)
 
 
 class LeCAM(nn.Module):

@@ -4,27 +4,23 @@
     indices = tokenizer.encode(images)             # (B, 3, H, W) in [-1, 1] -> (B, h, w) in 0..2^K-1
     images = tokenizer.decode(indices)             # unclamped: clamp when you need pixels
 
-Fully convolutional, no attention: any height and width that the factor f divides (16 for 256_L, 8 for 128_L).
+Fully convolutional, no attention: any height and width that the factor f divides (16 for 256_L, 8 for 128_L). On a GPU
+it is fastest as `tokenizer.to("cuda", memory_format=torch.channels_last)`.
 
 Letters: B batch, K bits (latent channels), C channels, H W pixels, h w latent grid (h = H / f)."""
 
-import contextlib
 import re
 import warnings
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import conv2d, silu
+from torch.nn.functional import silu
 
+import fast
 from checkpoint import entries_of, locate, match, read_weights
 from lfq import LFQ, indices_to_codes
 from runtime import UserError, reading
-
-fused_norm = None
-if torch.cuda.is_available():  # Triton kernels
-    with contextlib.suppress(ImportError):
-        import fused_norm
 
 
 @dataclass(frozen=True)
@@ -40,15 +36,11 @@ class TokenizerConfig:
     def __post_init__(self):
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         numbers = (self.channels, *self.channel_multipliers, self.blocks_per_level, self.bits)
-        if not all(type(number) is int and number <= 10**6 for number in numbers):
-            raise UserError("channels, multipliers, blocks and bits must be whole numbers up to a million")
-        if self.channels < 32 or self.channels % 32:
-            raise UserError(f"channels must be a multiple of 32 (GroupNorm has 32 groups), not {self.channels}")
-        if min(self.channel_multipliers, default=0) < 1 or self.blocks_per_level < 1:
-            raise UserError(
-                f"multipliers and blocks must be at least 1, not {self.channel_multipliers} and {self.blocks_per_level}"
-            )
-        if not 1 <= self.bits <= 30:
+        if not all(type(number) is int and 1 <= number <= 10**6 for number in numbers):
+            raise UserError(f"channels, multipliers, blocks and bits must be whole numbers from 1 to a million: {self}")
+        if self.channels % 32 or not self.channel_multipliers:
+            raise UserError(f"channels must be a multiple of 32 (GroupNorm's groups), multipliers one or more: {self}")
+        if self.bits > 30:
             raise UserError(f"bits must be 1 to 30, not {self.bits}")
 
     @property
@@ -82,17 +74,9 @@ def group_norm(channels, affine=True):
     return nn.GroupNorm(32, channels, eps=1e-6, affine=affine)
 
 
+@fast.path("norm.norm_silu")
 def norm_silu(norm, x):
-    """silu(norm(x)), and x for what goes around the norm (fused, the two gradients of x are added in one pass)."""
-    if fused_norm and fused_norm.usable(x):
-        return fused_norm.norm_silu(x, norm.weight, norm.bias)
-    return silu(norm(x)), x
-
-
-def fast_layout(x):
-    """x in channels last where the fused norms run (the GPU's convolutions want that too), otherwise in NCHW."""
-    fast = fused_norm and fused_norm.ENABLED and x.is_cuda
-    return x.contiguous(memory_format=torch.channels_last if fast else torch.contiguous_format)
+    return silu(norm(x))
 
 
 class ResBlock(nn.Module):
@@ -107,10 +91,11 @@ class ResBlock(nn.Module):
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1, bias=False)
 
+    @fast.path("norm.res_block")
     def forward(self, x):
-        y, x = norm_silu(self.norm1, x)
-        y, _ = norm_silu(self.norm2, self.conv1(y))
-        return self.conv2(y) + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        y = self.conv1(silu(self.norm1(x)))
+        y = self.conv2(silu(self.norm2(y)))
+        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 def res_blocks(c_in, c_out, count):
@@ -139,26 +124,22 @@ class Level(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Doubles the resolution: conv to 4 C, then depth to space."""
+    """Doubles the resolution, (B, C, h, w) -> (B, C, 2 h, 2 w): conv to 4 C, then depth to space."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
 
+    @fast.path("norm.upsampler")
     def forward(self, x):
         # Released weights: the 4 C channels are ordered (row, column, channel), not as in PixelShuffle.
-        x = conv2d(x, self.conv1.weight, padding=1).movedim(1, -1).unflatten(-1, (2, 2, -1))
-        x = x.transpose(2, 3)  # (B, 4 C, h, w) -> (B, h, w, row, column, C) -> (B, h, row, w, column, C)
-        bias = self.conv1.bias.to(x.dtype).view(2, 1, 2, -1)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            x = x + bias
-        else:  # added on the way to the new order, one pass over memory less
-            x = torch.add(x, bias, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
-        return fast_layout(x.flatten(3, 4).flatten(1, 2).movedim(-1, 1))  # (B, C, 2 h, 2 w)
+        x = self.conv1(x).unflatten(1, (2, 2, -1))  # (B, row, column, C, h, w)
+        return x.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)  # (B, C, h, row, w, column) -> (B, C, 2 h, 2 w)
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """GroupNorm whose scale and bias come from the quantized latent's per-channel deviation and mean over pixels."""
+    """GroupNorm of x (B, C, H, W) whose scale and bias come from the deviation and the mean, over pixels, of each channel
+    of the quantized latent z (B, K, h, w)."""
 
     def __init__(self, channels, bits):
         super().__init__()
@@ -169,10 +150,13 @@ class AdaptiveGroupNorm(nn.Module):
     def forward(self, x, z):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         scale = self.gamma((z.var((2, 3), unbiased=True) + 1e-6).sqrt())  # (B, K) -> (B, C)
-        bias = self.beta(z.mean((2, 3)))
-        if fused_norm and fused_norm.usable(x):
-            return fused_norm.norm_silu(x, scale, bias, activate=False)[0]
-        return self.norm(x) * scale[:, :, None, None] + bias[:, :, None, None]
+        bias = self.beta(z.mean((2, 3)))  # (B, K) -> (B, C)
+        return modulated_norm(self.norm, x, scale, bias)
+
+
+@fast.path("norm.modulated_norm")
+def modulated_norm(norm, x, scale, bias):
+    return norm(x) * scale[:, :, None, None] + bias[:, :, None, None]
 
 
 class Encoder(nn.Module):
@@ -191,12 +175,12 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.bits, 1)
 
     def forward(self, x):
-        x = self.conv_in(fast_layout(x))
+        x = self.conv_in(x)  # (B, C, H, W)
         for level in self.down:
-            x = level(x)
+            x = level(x)  # (B, widths[i], H / 2^i, W / 2^i), halved at its end
         for block in self.mid_block:
             x = block(x)
-        return self.conv_out(norm_silu(self.norm_out, x)[0])
+        return self.conv_out(norm_silu(self.norm_out, x))  # (B, widths[-1], h, w) -> (B, K, h, w)
 
 
 class Decoder(nn.Module):
@@ -213,22 +197,15 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def compile_upsamplers(self):
-        """Compile what stands between convolutions at each change of resolution: bias and depth to space in one pass.
-        (The rest is fused without compiling: see fused_norm.py.)"""
-        for level in self.up:
-            if hasattr(level, "upsample"):
-                level.upsample.compile(dynamic=False)
-
     def forward(self, z):
         if z.shape[2] * z.shape[3] < 2:
             raise UserError("the decoder needs at least two tokens an image (it takes the variance over them)")
-        x = self.conv_in(fast_layout(z))
+        x = self.conv_in(z)  # (B, K, h, w) -> (B, widths[-1], h, w)
         for block in self.mid_block:
             x = block(x)
         for norm, level in zip(reversed(self.adaptive), reversed(self.up), strict=True):
-            x = level(norm(x, z))
-        return self.conv_out(norm_silu(self.norm_out, x)[0])
+            x = level(norm(x, z))  # (B, widths[i], H / 2^i, W / 2^i), doubled at its end
+        return self.conv_out(norm_silu(self.norm_out, x))  # (B, widths[0], H, W) -> (B, 3, H, W)
 
 
 class Tokenizer(nn.Module):
@@ -279,21 +256,25 @@ def load_tokenizer(path_or_name, ema=True):
     path = locate(path_or_name, RELEASED_TOKENIZERS)
     with reading(path, "a tokenizer file"):
         content = read_weights(path)
-        kind = content.get("kind") if isinstance(content, dict) else None
-        if kind not in ("tokenizer", "ar"):
-            return _released(entries_of(content, path), path, ema)
-        try:  # this project's own
-            if kind == "tokenizer":
-                state = content.get("tokenizer_ema", content["tokenizer"]) if ema else content["tokenizer"]
-            elif content["tokenizer"] is None:
+        if isinstance(content, dict) and content.get("kind") in ("tokenizer", "ar"):
+            return own_tokenizer(content, path, ema)
+        return _released(entries_of(content, path), path, ema)
+
+
+def own_tokenizer(content, path, ema=True):
+    """The Tokenizer of this project's own file of either stage; of stage II's, the one it was trained with."""
+    try:
+        if content["kind"] == "ar":
+            if content["tokenizer"] is None:
                 raise UserError("it is a transformer file that carries no tokenizer")
-            else:  # the tokenizer it was trained with
-                content = content["tokenizer"]
-                state = content["state"]
-            config = TokenizerConfig(**content["config"])
-        except (KeyError, TypeError, UserError) as error:
-            raise UserError(f"{path} is no whole file of this project: {error}") from None
-        return tokenizer_from_entries(state, path, config)
+            config, state = content["tokenizer"]["config"], content["tokenizer"]["state"]
+        else:
+            config, state = content["config"], content["tokenizer"]
+            state = content.get("tokenizer_ema", state) if ema else state
+        config = TokenizerConfig(**config)
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{path} is no whole file of this project: {error}") from None
+    return tokenizer_from_entries(state, path, config)
 
 
 # What else a released tokenizer file holds: LPIPS, and the discriminator (of those pretrained at scale, another one).
@@ -306,34 +287,26 @@ _OF_TRAINING = re.compile(
 
 def _released(entries, source, ema):
     """The Tokenizer of a released file, or of a bare state dict."""
-    prefix = "first_stage_model."
-    carried = {name.removeprefix(prefix): entries[name] for name in entries if name.startswith(prefix)}
-    if carried:
+    carried, averages = (
+        {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+        for prefix in ("first_stage_model.", "model_ema.")
+    )
+    if carried:  # by a transformer
         return tokenizer_from_entries(carried, source)
-    weights, averages, other = {}, {}, []
-    for name, value in entries.items():
-        if name.startswith(("encoder.", "decoder.")):
-            weights[name] = value
-        elif name.startswith("model_ema."):
-            averages[name.removeprefix("model_ema.")] = value
-        elif not _OF_TRAINING.fullmatch(name):
-            other.append(name)
-    if other:
-        raise UserError(f"{source} is no tokenizer file: entry {other[0]} is unexpected")
+    weights = {name: value for name, value in entries.items() if name.startswith(("encoder.", "decoder."))}
+    for name in entries:
+        if not (name in weights or name.startswith("model_ema.") or _OF_TRAINING.fullmatch(name)):
+            raise UserError(f"{source} is no tokenizer file: entry {name} is unexpected")
     tokenizer = tokenizer_from_entries(weights, source)
     if ema and not averages:
         warnings.warn(f"{source} holds no moving average (model_ema.*): its weights are used as they stand")
-    if ema and averages:
+    elif ema:
         # Released files: an average is named like its parameter with every dot removed.
-        discriminator = {
-            name: value
-            for name, value in entries.items()
-            if name.startswith("loss.discriminator.") and name.endswith((".weight", ".bias"))
-        }
-        expected = {name.replace(".", ""): value for name, value in (weights | discriminator).items()}
-        found = {name: value for name, value in averages.items() if name not in ("decay", "num_updates")}
-        match(found, expected, f"{source} (under model_ema.)", "the moving average of its weights")
-        tokenizer.load_state_dict({name: found[name.replace(".", "")] for name in weights})
+        trained = [name for name in entries if re.fullmatch(r"loss\.discriminator\..*\.(weight|bias)", name)]
+        expected = {name.replace(".", ""): entries[name] for name in (*weights, *trained)}
+        averages = {name: value for name, value in averages.items() if name not in ("decay", "num_updates")}
+        match(averages, expected, f"{source} (under model_ema.)", "the moving average of its weights")
+        tokenizer.load_state_dict({name: averages[name.replace(".", "")] for name in weights})
     return tokenizer
 
 

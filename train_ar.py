@@ -19,7 +19,7 @@ import torch
 import data
 import fast
 import runtime
-from ar_model import AR_SIZES, ARTransformer, clip_gradients, cross_entropies, learning_rate
+from ar_model import AR_SIZES, ARTransformer, cross_entropies
 from checkpoint import changed_settings, hash_of, load_latest, restore, save_checkpoint
 from fast.graphs import Gradients, Graphs
 from lfq import split_indices
@@ -119,6 +119,24 @@ def open_caches(args):
     return codes, val_codes, tokenizer
 
 
+def learning_rate(
+    iteration, peak, iterations_an_epoch, epochs, warmup_epochs, warmup_start=0.005, flat=0.05, floor=0.1
+):
+    """Learning rate of an iteration, counted from 0.
+
+    A linear warm-up from warmup_start * peak over `warmup_epochs`, rounded to whole iterations; then, over the
+    iterations that remain, the peak for their first `flat` share, and a straight line to floor * peak, reached at the
+    last iteration.
+    """
+    warmup, last = round(warmup_epochs * iterations_an_epoch), epochs * iterations_an_epoch - 1
+    if iteration < warmup:
+        return peak * (warmup_start + (1 - warmup_start) * iteration / warmup)
+    done = (iteration - warmup) / max(last - warmup, 1)
+    if done <= flat:
+        return peak
+    return peak * (floor + (1 - floor) * (1 - done) / (1 - flat))
+
+
 def main():
     args = parse()
     rt = runtime.start()
@@ -166,7 +184,7 @@ def main():
     plain_blocks = not (args.shard or args.checkpoint_activations)
     compiled = fast.ON and (args.compile or (plain_blocks and fast.compiles(rt.device, args.compile, total)))
     if compiled:
-        model.compile_blocks()
+        fast.compile(*model.spatial_blocks, *model.factorized_blocks)
         loss_terms = torch.compile(cross_entropies, dynamic=False)
     if args.shard:
         shard(rt, model, args.precision)
@@ -230,6 +248,7 @@ def main():
             drawing = unsharded(rt, model) if args.shard else model
             if rt.main:
                 show_samples(rt, drawing, tokenizer, args, out / "samples" / f"step_{step:08d}.png")
+                fast.forget(drawing)
         rt.barrier()
         model.train()
 
@@ -258,7 +277,7 @@ def main():
 
         # One step
         scaler.unscale_(optimizer)
-        norm = clip_gradients(optimizer, in_step=fused and not args.shard)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         norm = norm.full_tensor() if args.shard else norm
         scaler.step(optimizer)
         scaler.update()
@@ -313,7 +332,7 @@ def show_samples(rt, model, tokenizer, args, path):
     """A picture of up to 8 classes, 4 samples each, drawn as sample.py would for showing."""
     classes = torch.linspace(0, model.config.num_classes - 1, min(8, model.config.num_classes)).long()
     labels = classes.repeat_interleave(4).to(rt.device)
-    tokenizer.to(rt.device)
+    tokenizer.to(rt.device, memory_format=rt.layout)
     with runtime.autocast(rt.device, args.precision):
         indices = model.generate(labels, (4.0, 4.0), (1.0, 1.0), (0, 0), (0.96, 0.96), list(range(len(labels))))
         images = tokenizer.decode(indices.unflatten(1, (model.config.grid, model.config.grid)))

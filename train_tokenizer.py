@@ -23,7 +23,7 @@ import runtime
 from checkpoint import changed_settings, load_latest, restore, restore_optimizer, save_checkpoint
 from fast.graphs import Gradients, Graphs
 from fid import psnr
-from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig
+from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig, Upsampler
 
 # The paper's settings for 256_L and 128_L. tiny is ours: legible glyphs in minutes on a CPU, with neither LPIPS nor
 # discriminator, whose networks are many times larger than itself.
@@ -186,8 +186,8 @@ def main():
 
     compiled = fast.compiles(rt.device, args.compile, total)
     if compiled:
-        tokenizer.decoder.compile_upsamplers()
-        lpips.compile(dynamic=False) if lpips is not None else None
+        upsamplers = [part for part in tokenizer.modules() if isinstance(part, Upsampler)]
+        fast.compile(*upsamplers, *([lpips] if lpips is not None else []))
 
     # Passes, forward and backward. The global entropy talks to other processes in them, which no graph may.
     gradients = {name: Gradients(rt, module.parameters()) for name, module in trained.items()}

@@ -6,9 +6,10 @@ import shutil
 import pytest
 from golden_files import fill, load, relative
 
+import fast
 from ar_model import ARConfig, ARTransformer, cross_entropies
 from losses import LPIPS
-from tokenizer import Tokenizer, TokenizerConfig
+from tokenizer import Tokenizer, TokenizerConfig, Upsampler
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")), reason="needs a C++ compiler"
@@ -28,7 +29,7 @@ def test_transformer():
         return logits, losses, [weight.grad for weight in model.parameters()]
 
     *_, plain = losses_and_gradients()
-    model.compile_blocks()
+    fast.compile(*model.spatial_blocks, *model.factorized_blocks)
     (pre, post), losses, gradients = losses_and_gradients()
     assert relative(pre[:, golden["positions"]], golden["logits_pre"]) < 1e-5
     assert relative(post[:, golden["positions"], :256], golden["logits_post"]) < 1e-5
@@ -41,12 +42,12 @@ def test_transformer():
 def test_upsamplers():
     golden = load("tokenizer_tiny16")
     model = fill(Tokenizer(TokenizerConfig(32, (1, 1, 2, 2, 4), 1))).eval()
-    model.decoder.compile_upsamplers()
+    fast.compile(*(part for part in model.modules() if isinstance(part, Upsampler)))
     assert relative(model.decode(golden["indices"]), golden["reconstruction"]) < 1e-5
 
 
 def test_lpips():
     golden = load("lpips_vgg")
     lpips = fill(LPIPS("vgg"), "loss.perceptual_loss.", keep=("shift", "scale"))
-    lpips.compile(dynamic=False)
+    fast.compile(lpips)
     assert relative(lpips(golden["image"], golden["other"]).flatten(), golden["distance"]) < 1e-5

@@ -35,14 +35,16 @@ def test_golden_float32(kind):
 
 
 @pytest.mark.parametrize("kind, gradient_tolerance", [("soft", 1e-4), ("hard", 1e-2)])
-def test_golden_computed_in_float32(kind, gradient_tolerance):
-    """What an accelerator computes without Triton."""
+def test_golden_computed_in_float32(kind, gradient_tolerance, monkeypatch):
+    """What an accelerator computes."""
     golden = load(f"lfq_{kind}")
-    terms, gradients = lfq._terms(tokens_of(golden["x"]), 4 / 0.01, 1e-5, False)
+    z = tokens_of(golden["x"]).requires_grad_()
+    monkeypatch.setattr(torch, "float64", torch.float32)
+    terms = lfq.entropy_terms(z)
     for ours, theirs in zip(terms, ("per_sample_entropy", "codebook_entropy"), strict=True):
         assert ours.dtype == torch.float32 and ours.item() == pytest.approx(golden[theirs].item(), rel=1e-6)
-    theirs = tokens_of(golden["grad_entropy_loss"])
-    assert relative(gradients[0] - gradients[1], theirs) < gradient_tolerance
+    (gradient,) = torch.autograd.grad(terms[0] - terms[1], z)
+    assert relative(gradient, tokens_of(golden["grad_entropy_loss"])) < gradient_tolerance
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
@@ -179,3 +181,52 @@ def test_gradient_passes_straight_through():
 def test_losses_are_zero_in_eval_mode():
     _, _, losses = lfq.LFQ().eval()(torch.randn(1, 18, 2, 2))
     assert [value.item() for value in losses.values()] == [0.0] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deviation", [0.01, 0.1, 1.0])  # probabilities 0.5 and around to 0 and 1
+@pytest.mark.parametrize("tokens, bits", [(300, 1), (300, 2), (300, 7), (2048, 18), (100, 20)])
+def test_entropy_terms_on_a_gpu(tokens, bits, deviation, monkeypatch):
+    """Both entropies and the gradient of each, z's rows not contiguous: against float64. TF32 is allowed and must not
+    be used."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    torch.manual_seed(0)
+    # half a deviation off 0: where all codes are as likely, codebook entropy has its maximum and no gradient
+    z = ((torch.randn(bits, tokens, device="cuda") + 0.5) * deviation).T
+
+    def terms_and_gradients(z):
+        terms = lfq.entropy_terms(z.requires_grad_())
+        return *terms, *(torch.autograd.grad(term, z, retain_graph=True)[0] for term in terms)
+
+    for a, b in zip(terms_and_gradients(z.detach()), terms_and_gradients(z.double()), strict=True):
+        assert a.dtype == torch.float32 and a.shape == b.shape
+        assert relative(a, b) < 5e-6
+
+
+@pytest.mark.gpu
+def test_entropy_terms_of_a_global_batch(monkeypatch):
+    """Two processes with the same tokens: what one has alone."""
+    z = torch.randn(300, 12, device="cuda", requires_grad=True)
+
+    def terms_and_gradient(global_batch):
+        sample, codebook = lfq.entropy_terms(z, global_batch=global_batch)
+        return sample, codebook, torch.autograd.grad(sample - codebook, z)[0]
+
+    alone = terms_and_gradient(False)
+    monkeypatch.setattr(lfq.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(lfq.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(lfq.dist, "all_reduce", lambda total: total.mul_(2))
+    for a, b in zip(terms_and_gradient(True), alone, strict=True):
+        assert relative(a, b) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, tolerance", [("soft", 1e-5), ("hard", 1e-2)])
+def test_golden_on_a_gpu(kind, tolerance):
+    golden = {name: value.to("cuda") for name, value in load(f"lfq_{kind}").items()}
+    z = golden["x"].requires_grad_()
+    _, _, ours = lfq.LFQ().train()(z)
+    assert relative(ours["sample_entropy"], golden["per_sample_entropy"]) < 1e-6
+    assert relative(ours["codebook_entropy"], golden["codebook_entropy"]) < 1e-6
+    (gradient,) = torch.autograd.grad(ours["entropy"], z)
+    assert relative(gradient, golden["grad_entropy_loss"]) < tolerance

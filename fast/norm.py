@@ -1,7 +1,5 @@
 """GroupNorm and SiLU in one pass on a GPU: what stage I's time hangs on besides its convolutions.
 
-    y = norm_silu(x, scale, bias)        # tokenizer.py calls it where `usable(x)`; elsewhere silu(group_norm(x))
-
 Under autocast torch's GroupNorm reads and writes float32 and wants NCHW, while the fast convolutions want bf16 and
 channels last. These Triton kernels take channels last in the input's own type and compute in float32: forward two reads
 and a write, backward two reads of x and of the gradient and a write. Two values a channel and image are kept for the
@@ -12,23 +10,84 @@ Letters: B batch, C channels, P pixels, G groups. A program works on one chunk o
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import conv2d
 
-ENABLED = True  # False: the plain form everywhere, to compare with
-GROUPS, EPS = 32, 1e-6  # of every GroupNorm of the tokenizer
 TILE, WARPS, PROGRAMS = 2048, 8, 1024  # numbers a program takes at once, its warps, programs a launch
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The paths: see fast/__init__.py
 
-def usable(x):
-    """True for what the kernels take: a GPU, channels last, a number of channels that is a power of 2 (from 32)."""
+
+def norm_silu_takes(norm, x):
+    """A GPU, channels last, a power of 2 of channels."""
     channels = x.shape[1]
     return (
-        ENABLED
-        and x.is_cuda
-        and channels >= GROUPS
+        x.is_cuda
+        and channels >= norm.num_groups
         and channels & (channels - 1) == 0
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and x.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def norm_silu(norm, x):
+    return _norm(norm, x, norm.weight, norm.bias)[0]
+
+
+def modulated_norm_takes(norm, x, scale, bias):
+    return norm_silu_takes(norm, x)
+
+
+def modulated_norm(norm, x, scale, bias):
+    return _norm(norm, x, scale, bias, activate=False)[0]
+
+
+def res_block_takes(block, x):
+    width = block.conv1.out_channels
+    return norm_silu_takes(block.norm1, x) and width & (width - 1) == 0
+
+
+def res_block(block, x):
+    # x comes back from the norm: its two gradients, of the block and of the way around it, are added in one pass.
+    y, x = _norm(block.norm1, x, block.norm1.weight, block.norm1.bias)
+    y = block.conv2(norm_silu(block.norm2, block.conv1(y)))
+    return y + (block.nin_shortcut(x) if hasattr(block, "nin_shortcut") else x)
+
+
+def upsampler_takes(upsampler, x):
+    return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def upsampler(upsampler, x):
+    """The bias is added on the way to the new order: by torch.compile, or in one operation where no gradient is due."""
+    conv = upsampler.conv1
+    x = conv2d(x, conv.weight, padding=1).movedim(1, -1).unflatten(-1, (2, 2, -1))  # (B, h, w, row, column, C)
+    x, bias = x.transpose(2, 3), conv.bias.to(x.dtype).view(2, 1, 2, -1)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        x = x + bias
+    else:
+        x = torch.add(x, bias, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    return x.flatten(3, 4).flatten(1, 2).movedim(-1, 1).contiguous(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+@triton.jit
+def _tile(start, chunk, pixels, C: tl.constexpr, ROWS: tl.constexpr):
+    """(places, mask) of ROWS pixels of this program's chunk, from `start` on: (ROWS, C), (ROWS, 1)."""
+    p = tl.program_id(0) * chunk + start + tl.arange(0, ROWS)
+    return p[:, None] * C + tl.arange(0, C)[None, :], (p < pixels)[:, None]
+
+
+@triton.jit
+def _affine(stats, scale, bias, stride, image, C: tl.constexpr):
+    """Mean, 1 / deviation, scale, bias of an image's channels, (C,) each; scale and bias (C,) have stride 0, (B, C) C."""
+    c = tl.arange(0, C)
+    mean, inverse = tl.load(stats + image * 2 * C + c), tl.load(stats + image * 2 * C + C + c)
+    scale, bias = tl.load(scale + image * stride + c), tl.load(bias + image * stride + c)
+    return mean, inverse, scale.to(tl.float32), bias.to(tl.float32)
 
 
 @triton.jit
@@ -42,10 +101,8 @@ def _sum_channels(x, sums, pixels, chunk, C: tl.constexpr, ROWS: tl.constexpr):
     first = tl.zeros([ROWS, C], tl.float32)
     second = tl.zeros([ROWS, C], tl.float32)
     for start in range(0, chunk, ROWS):
-        inside = start + tl.arange(0, ROWS)
-        p = number * chunk + inside
-        mask = ((inside < chunk) & (p < pixels))[:, None]
-        value = tl.load(x + p[:, None] * C + c[None, :], mask, 0).to(tl.float32)
+        place, mask = _tile(start, chunk, pixels, C, ROWS)
+        value = tl.load(x + place, mask, 0).to(tl.float32)
         value = tl.where(mask, value - shift[None, :], 0.0)
         first += value
         second += value * value
@@ -94,20 +151,14 @@ def _statistics(x, sums, stats, pixels, chunks, eps, C: tl.constexpr, GROUP: tl.
 def _normalize(
     x, stats, scale, bias, stride, y, pixels, chunk, SILU: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
 ):
-    """y = silu((x - mean) / deviation * scale + bias); scale and bias (C,) have stride 0, (B, C) stride C."""
-    number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    c = tl.arange(0, C)
+    """y = silu((x - mean) / deviation * scale + bias)."""
+    image = tl.program_id(1).to(tl.int64)
     x += image * pixels * C
     y += image * pixels * C
-    mean, inverse = tl.load(stats + image * 2 * C + c), tl.load(stats + image * 2 * C + C + c)
-    factor = inverse * tl.load(scale + image * stride + c).to(tl.float32)
-    offset = tl.load(bias + image * stride + c).to(tl.float32)
+    mean, inverse, factor, offset = _affine(stats, scale, bias, stride, image, C)
     for start in range(0, chunk, ROWS):
-        inside = start + tl.arange(0, ROWS)
-        p = number * chunk + inside
-        mask = ((inside < chunk) & (p < pixels))[:, None]
-        place = p[:, None] * C + c[None, :]
-        n = (tl.load(x + place, mask, 0).to(tl.float32) - mean[None, :]) * factor[None, :] + offset[None, :]
+        place, mask = _tile(start, chunk, pixels, C, ROWS)
+        n = (tl.load(x + place, mask, 0).to(tl.float32) - mean[None, :]) * (inverse * factor)[None, :] + offset[None, :]
         if SILU:
             n = n * tl.sigmoid(n)
         tl.store(y + place, n.to(y.dtype.element_ty), mask)
@@ -133,16 +184,11 @@ def _sum_gradients(
     c = tl.arange(0, C)
     x += image * pixels * C
     dy += image * pixels * C
-    mean, inverse = tl.load(stats + image * 2 * C + c), tl.load(stats + image * 2 * C + C + c)
-    factor = tl.load(scale + image * stride + c).to(tl.float32)
-    offset = tl.load(bias + image * stride + c).to(tl.float32)
+    mean, inverse, factor, offset = _affine(stats, scale, bias, stride, image, C)
     of_bias = tl.zeros([ROWS, C], tl.float32)
     of_scale = tl.zeros([ROWS, C], tl.float32)
     for start in range(0, chunk, ROWS):
-        inside = start + tl.arange(0, ROWS)
-        p = number * chunk + inside
-        mask = ((inside < chunk) & (p < pixels))[:, None]
-        place = p[:, None] * C + c[None, :]
+        place, mask = _tile(start, chunk, pixels, C, ROWS)
         value = tl.load(x + place, mask, 0).to(tl.float32)
         gradient = tl.load(dy + place, mask, 0).to(tl.float32)  # 0 outside: adds nothing below
         normal, gradient = _gradient_of_norm(value, gradient, mean, inverse, factor, offset, SILU)
@@ -176,21 +222,16 @@ def _gradient_of_x(
     SILU: tl.constexpr, SKIP: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx, plus the gradient `skip` that reaches x past the norm."""
-    number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    image = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, C)
     x += image * pixels * C
     dy += image * pixels * C
     skip += image * pixels * C
     dx += image * pixels * C
-    mean, inverse = tl.load(stats + image * 2 * C + c), tl.load(stats + image * 2 * C + C + c)
-    factor = tl.load(scale + image * stride + c).to(tl.float32)
-    offset = tl.load(bias + image * stride + c).to(tl.float32)
+    mean, inverse, factor, offset = _affine(stats, scale, bias, stride, image, C)
     mean_first, mean_second = tl.load(means + image * 2 * C + c), tl.load(means + image * 2 * C + C + c)
     for start in range(0, chunk, ROWS):
-        inside = start + tl.arange(0, ROWS)
-        p = number * chunk + inside
-        mask = ((inside < chunk) & (p < pixels))[:, None]
-        place = p[:, None] * C + c[None, :]
+        place, mask = _tile(start, chunk, pixels, C, ROWS)
         value = tl.load(x + place, mask, 0).to(tl.float32)
         gradient = tl.load(dy + place, mask, 0).to(tl.float32)
         normal, gradient = _gradient_of_norm(value, gradient, mean, inverse, factor, offset, SILU)
@@ -212,19 +253,19 @@ def _shape(x):
 
 class _NormSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, bias, activate):
+    def forward(ctx, x, scale, bias, groups, eps, activate):
         batch, pixels, channels, chunk, chunks, rows = _shape(x)
         grid, stride = (chunks, batch), channels if scale.dim() == 2 else 0
         sums = x.new_empty((batch, chunks, 2, channels), dtype=torch.float32)
         stats = x.new_empty((batch, 2, channels), dtype=torch.float32)
         y = torch.empty_like(x)
-        group, many = channels // GROUPS, max(1, 2048 // channels)
+        group, many = channels // groups, max(1, 2048 // channels)
         with torch.cuda.device(x.device):
             _sum_channels[grid](x, sums, pixels, chunk, channels, rows, num_warps=WARPS)
-            _statistics[(batch,)](x, sums, stats, pixels, chunks, EPS, channels, group, many)
+            _statistics[(batch,)](x, sums, stats, pixels, chunks, eps, channels, group, many)
             _normalize[grid](x, stats, scale, bias, stride, y, pixels, chunk, activate, channels, rows, num_warps=WARPS)
         ctx.save_for_backward(x, scale, bias, stats)
-        ctx.activate = activate
+        ctx.groups, ctx.activate = groups, activate
         ctx.set_materialize_grads(False)  # where x went nowhere else, its second gradient stays None
         return y, x
 
@@ -239,7 +280,7 @@ class _NormSilu(torch.autograd.Function):
         sums = x.new_empty((batch, chunks, 2, channels), dtype=torch.float32)
         grads, means = (x.new_empty((batch, 2, channels), dtype=torch.float32) for _ in range(2))
         dx = torch.empty_like(x)
-        group, many = channels // GROUPS, max(1, 2048 // channels)
+        group, many = channels // ctx.groups, max(1, 2048 // channels)
         with torch.cuda.device(x.device):
             _sum_gradients[grid](
                 x, dy, stats, scale, bias, stride, sums, pixels, chunk, ctx.activate, channels, rows, num_warps=WARPS
@@ -252,12 +293,11 @@ class _NormSilu(torch.autograd.Function):
         if stride == 0:
             grads = grads.sum(0, keepdim=True)
         of_bias, of_scale = grads[:, 0].reshape(bias.shape), grads[:, 1].reshape(scale.shape)
-        return dx, of_scale.to(scale.dtype), of_bias.to(bias.dtype), None
+        return dx, of_scale.to(scale.dtype), of_bias.to(bias.dtype), None, None, None
 
 
-def norm_silu(x, scale, bias, activate=True):
-    """silu(group_norm(x) * scale + bias) in 32 groups, and x itself: (B, C, H, W) channels last -> two of it.
-
-    scale, bias: (C,), or (B, C) for an adaptive norm. activate: False leaves SiLU out. Take x from here where it also
-    goes around the norm (a residual): its two gradients are then added in the same pass."""
-    return _NormSilu.apply(x, scale.contiguous(), bias.contiguous(), activate)
+def _norm(norm, x, scale, bias, activate=True):
+    """silu(norm(x)) with this scale and bias, (C,) or (B, C); and x itself, whose gradient is added to the norm's.
+    activate: False leaves SiLU out."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _NormSilu.apply(x, scale.contiguous(), bias.contiguous(), norm.num_groups, norm.eps, activate)

@@ -1,12 +1,8 @@
-"""Generation on a GPU: one token of all images as one CUDA graph over a handful of Triton kernels.
+"""Drawing tokens on a GPU: one token of all images as one CUDA graph over a handful of Triton kernels.
 
-    indices = decoder_for(model, images, guide, options, dtype).generate(labels, uniforms, tokens)
-
-`ARTransformer.generate` uses it where `usable(model)`; what it computes is `ARTransformer._token_step`, and the tests
-hold the one against the other. A step of a few hundred small operations is bound by their launches: captured once, the
-graph is launched whole, for any position, since the position is a number in the GPU's memory. Weights are kept once
-more in the type that computes (half precision under autocast), w1 and w3 in one matrix. The residual stream stays in
-float32.
+A token of a few hundred small operations is bound by their launches: captured once, the graph is launched whole, for
+any position, since the position is a number in the GPU's memory. Weights are kept once more in the type that computes
+(half precision under autocast), w1 and w3 in one matrix. The residual stream stays in float32.
 
 Letters: B images, rows B, or 2 B with guidance (the images' classes, then as many null classes), d width, H heads, D
 head width, N tokens.
@@ -19,17 +15,30 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-import ar_model  # imports this file in turn
-from fused_training import gate
-from lfq import merge_indices
-
-ENABLED = True  # False: the plain form everywhere, to compare with
+_decoders = weakref.WeakKeyDictionary()  # the last Decoder of each model, for as long as the model lives
 
 
-def usable(model):
-    """True for what the kernels take: a GPU, and a head width that is a power of 2 from 16."""
+def draw_tokens_takes(model, labels, uniforms, options, tokens):
+    """A GPU, and a head width that is a power of 2 from 16."""
     width = model.config.head_width
-    return ENABLED and model.norm.weight.is_cuda and width >= 16 and width & (width - 1) == 0
+    return model.norm.weight.is_cuda and width >= 16 and width & (width - 1) == 0
+
+
+def draw_tokens(model, labels, uniforms, options, tokens):
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.norm.weight.dtype
+    # Where the weights lie, too: a graph reads some of them there.
+    places = tuple(parameter.data_ptr() for parameter in model.parameters())
+    key = (len(labels), len(uniforms), tuple(options), dtype, places)
+    if model not in _decoders or _decoders[model].key != key:
+        forget(model)  # the old one's memory goes before the new one's comes
+        _decoders[model] = Decoder(model, len(labels), len(uniforms), options, dtype, key)
+    decoder = _decoders[model]
+    return decoder.draw(labels, uniforms, tokens), decoder.logits
+
+
+def forget(model):
+    """Give back the memory of the model's Decoder."""
+    _decoders.pop(model, None)
 
 
 @triton.jit
@@ -151,33 +160,38 @@ def _draw(
         tl.store(x + place, following, mask)
 
 
+@triton.jit
+def _gate(h, y, width, BLOCK: tl.constexpr):
+    """y = silu(first half of h) * second half; h (rows, 2 width)."""
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < width
+    first = tl.load(h + row * 2 * width + i, mask, 0.0).to(tl.float32)
+    second = tl.load(h + row * 2 * width + width + i, mask, 0.0).to(tl.float32)
+    tl.store(y + row * width + i, (first * tl.sigmoid(first) * second).to(y.dtype.element_ty), mask)
+
+
 class Decoder:
-    """The graph of one token step for a fixed number of images and fixed options, with the memory that it works on.
+    """The graph of one token for a fixed number of images and fixed options, with the memory that it works on."""
 
-    options: (guidance scale or None, temperature, top-k, top-p) of each sub-token; None is no null branch."""
-
-    def __init__(self, model, images, guide, options, dtype):
-        device = model.norm.weight.device
-        # Parts of the model, not the model: see `_kept`.
+    def __init__(self, model, rows, images, options, dtype, key):
+        config, device = model.config, model.norm.weight.device
+        # Parts of the model, not the model: it would never be let go of.
         self.blocks = [*model.spatial_blocks, *model.factorized_blocks]
-        self.embeddings, self.class_table = (
-            [model.pre_emb.weight, model.post_emb.weight],
-            model.class_emb["embedding_table"],
-        )
-        self.norm, self.head, config = model.norm, model.head, model.config
-        self.images, self.guide, self.options, self.dtype = images, guide, options, dtype
-        self.rows, self.length, self.bits = (images * (2 if guide else 1), config.grid**2, config.factorized_bits)
+        self.embeddings, self.class_table = [model.pre_emb.weight, model.post_emb.weight], model.class_emb
+        self.norm, self.head = model.norm, model.head
+        self.images, self.options, self.dtype, self.key = images, options, dtype, key
+        self.guide, self.length = rows > images, config.grid**2
 
         def empty(*shape, dtype=dtype):
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.weights = [self._weights_of(block) for block in self.blocks]
         self.heads = [head.weight.detach().to(dtype, copy=True) for head in model.head]
-        self.rotary = model._rotary().contiguous()
+        self.rotary = model.rotary().contiguous()
         heads, width = config.heads, config.head_width
-        self.spatial = empty(config.spatial_layers, 2, self.rows, heads, self.length, width)
-        self.intra = empty(config.intra_layers, 2, self.rows, heads, 2, width)
-        self.x = empty(self.rows, config.width, dtype=torch.float32)
+        self.spatial = empty(config.spatial_layers, 2, rows, heads, self.length, width)
+        self.intra = empty(config.intra_layers, 2, rows, heads, 2, width)
+        self.x = empty(rows, config.width, dtype=torch.float32)
         self.uniforms = empty(images, self.length, 2, dtype=torch.float64)
         self.drawn = empty(2, images, self.length, dtype=torch.int64)
         # As torch would compute the same products.
@@ -191,9 +205,8 @@ class Decoder:
         """A block's matrices in the type that computes, w1 and w3 as one."""
         ffn, attention = block.feed_forward, block.attention
         both = torch.cat([ffn.w1.weight, ffn.w3.weight])
-        matrices = [
-            w.detach().to(self.dtype).clone() for w in (attention.wqkv.weight, attention.wo.weight, both, ffn.w2.weight)
-        ]
+        matrices = [attention.wqkv.weight, attention.wo.weight, both, ffn.w2.weight]
+        matrices = [weight.detach().to(self.dtype).clone() for weight in matrices]
         return [block.attention_norm.weight.float(), block.ffn_norm.weight.float(), *matrices]
 
     def _add_norm(self, x, delta, weight):
@@ -216,6 +229,11 @@ class Decoder:
         _share[(N // 32, 4)](x, weight, y, rows, N, K, 4, 128, 32, 64, self.precision, num_warps=8, num_stages=4)
         return y
 
+    def _gate(self, h):
+        y = torch.empty((len(h), h.shape[1] // 2), dtype=h.dtype, device=h.device)
+        _gate[(len(h), triton.cdiv(y.shape[1], 1024))](h, y, y.shape[1], 1024)
+        return y
+
     def _block(self, x, delta, weights, cache, position):
         """One block at `position`: adds delta to x in place, returns what is to be added next."""
         norm1, norm2, wqkv, wo, w13, w2 = weights
@@ -227,10 +245,10 @@ class Decoder:
             BLOCK=32, num_warps=1,
         )  # fmt: skip
         hidden = F.linear(self._add_norm(x, self._deltas(mixed, wo), norm2), w13)
-        return self._deltas(gate(hidden), w2)
+        return self._deltas(self._gate(hidden), w2)
 
     def _step(self):
-        """One token of every image, as `ARTransformer._token_step`; then the next position."""
+        """One token of every image, as `ar_model.draw_tokens`; then the next position."""
         x, delta, layers = self.x, None, len(self.spatial)
         for weights, cache in zip(self.weights[:layers], self.spatial, strict=True):
             delta = self._block(x, delta, weights, cache, self.position)
@@ -243,27 +261,18 @@ class Decoder:
         self.position += 1
 
     def _draw_part(self, logits, part):
-        scale, temperature, top_k, top_p = self.options[part]
-        guide = self.guide
-        if top_k or top_p < 1:  # the filters sort: torch's own kernels, and then a draw without guidance
-            logits = logits.float()
-            logits = ar_model.guided(*logits.chunk(2), scale) if guide else logits
-            logits, temperature, guide = (ar_model.filter_logits(logits / temperature, top_k, top_p), 1.0, False)
+        option, guide = self.options[part], self.guide
+        scale, temperature = 1.0 if option.scale is None else option.scale, option.temperature
+        if option.top_k or option.top_p < 1:  # the filters sort: torch's own kernels, and then a plain draw
+            logits, guide, temperature = option.adjust(logits.float()), False, 1.0
         width = self.x.shape[1]
         _draw[(self.images,)](
             logits, self.uniforms, self.position, self.drawn, *self.embeddings, self.x, self.images, self.length, width,
-            1.0 if scale is None else scale, temperature, part, guide, self.guide, logits.shape[1],
-            triton.next_power_of_2(width), num_warps=8,
+            scale, temperature, part, guide, self.guide, logits.shape[1], triton.next_power_of_2(width), num_warps=8,
         )  # fmt: skip
 
-    def refresh(self):
-        """Take the model's weights anew: they may have been trained since."""
-        for block, kept in zip(self.blocks, self.weights, strict=True):
-            torch._foreach_copy_(kept, self._weights_of(block))
-        torch._foreach_copy_(self.heads, [head.weight for head in self.head])
-
-    def generate(self, labels, uniforms, tokens):
-        """labels (rows,), uniforms (B, N, 2) float64 -> merged indices (B, tokens)."""
+    def draw(self, labels, uniforms, tokens):
+        """labels (rows,), uniforms (B, N, 2) float64 -> sub-tokens (B, tokens, 2)."""
         if self.graph is None:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -273,31 +282,13 @@ class Decoder:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self._step()
-        else:
-            self.refresh()
+        else:  # take the model's weights anew: they may have been trained since
+            for block, kept in zip(self.blocks, self.weights, strict=True):
+                torch._foreach_copy_(kept, self._weights_of(block))
+            torch._foreach_copy_(self.heads, [head.weight for head in self.head])
         self.uniforms.copy_(uniforms)
-        self.x.copy_(self.class_table(labels))
+        self.x.copy_(self.class_table["embedding_table"](labels))
         self.position.zero_()
         for _ in range(tokens):
             self.graph.replay()
-        return merge_indices(list(self.drawn[:, :, :tokens]), self.bits)
-
-
-# The last Decoder of each model, for as long as the model lives and does not go back to training.
-_kept = weakref.WeakKeyDictionary()
-
-
-def decoder_for(model, images, guide, options, dtype):
-    """The model's Decoder for these settings; the last one made is kept."""
-    # Where the weights lie, too: a graph reads some of them there.
-    places = tuple(parameter.data_ptr() for parameter in model.parameters())
-    key = (images, guide, tuple(options), dtype, places)
-    if model not in _kept or _kept[model][0] != key:
-        forget(model)  # the old one's memory goes before the new one's comes
-        _kept[model] = (key, Decoder(model, images, guide, options, dtype))
-    return _kept[model][1]
-
-
-def forget(model):
-    """Give back the memory of the model's Decoder."""
-    _kept.pop(model, None)
+        return self.drawn[:, :, :tokens].permute(1, 2, 0)
