@@ -232,24 +232,28 @@ class ARTransformer(nn.Module):
         sub_indices: pre and post, (B, N) integers each, N up to grid^2. class_labels: (B,) in 0..num_classes. Returns
         [logits_pre (B, N, V_pre), logits_post (B, N, V_post)]. In train mode classes and tokens drop out, drawn from
         torch's global generator. Raises UserError where N is larger than the grid."""
-        pre, post = sub_indices
-        batch, tokens = pre.shape
+        (pre, post), (batch, tokens) = sub_indices, sub_indices[0].shape
         if tokens > self.config.grid**2:
             raise UserError(f"{tokens} tokens do not fit this model's grid of {self.config.grid}x{self.config.grid}")
         if self.training:
             dropped = torch.rand(batch, device=class_labels.device) < self.class_dropout
             class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
         # The class predicts token 0, token t - 1 predicts token t: the last token only ever is an answer.
-        given = self.pre_emb(pre[:, :-1]) + self.post_emb(post[:, :-1])  # (B, N - 1, d)
+        embedded_pre = self.pre_emb(pre)  # (B, N, d)
+        given = embedded_pre[:, :-1] + self.post_emb(post[:, :-1])  # (B, N - 1, d)
         x = torch.cat([self.class_emb["embedding_table"](class_labels)[:, None], given], dim=1)  # (B, N, d)
         x = F.dropout(x, self.config.dropout, self.training)
         rotary = self.rotary()[:, :tokens].contiguous()  # (2, N, D/2)
         for block in self.spatial_blocks:
             x = block(x, rotary)
-        pair = torch.stack([x, self.pre_emb(pre)], dim=2).flatten(0, 1)  # (B, N, 2, d) -> (B*N, 2, d)
+        return self.predict(x, embedded_pre)
+
+    def predict(self, x, embedded_pre):
+        """What the spatial blocks made of each position, and its pre sub-token, (B, N, d) both -> the two logits."""
+        pair = torch.stack([x, embedded_pre], dim=2).flatten(0, 1)  # (B, N, 2, d) -> (B*N, 2, d)
         for block in self.factorized_blocks:
             pair = block(pair)
-        parts = self.norm(pair).unflatten(0, (batch, tokens)).unbind(2)  # (B*N, 2, d) -> two of (B, N, d)
+        parts = self.norm(pair).unflatten(0, x.shape[:2]).unbind(2)  # (B*N, 2, d) -> two of (B, N, d)
         return [head(part) for head, part in zip(self.head, parts, strict=True)]
 
     @torch.no_grad()

@@ -184,7 +184,8 @@ def main():
     plain_blocks = not (args.shard or args.checkpoint_activations)
     compiled = fast.ON and (args.compile or (plain_blocks and fast.compiles(rt.device, args.compile, total)))
     if compiled:
-        fast.compile(*model.spatial_blocks, *model.factorized_blocks)
+        fast.compile(*model.spatial_blocks)
+        model.predict = torch.compile(model.predict, dynamic=False)
         loss_terms = torch.compile(cross_entropies, dynamic=False)
     if args.shard:
         shard(rt, model, args.precision)

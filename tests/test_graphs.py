@@ -92,6 +92,8 @@ def trained(enabled, world, half, steps=8):
     """The losses of some steps of two micro-batches with dropout, the weights, and the graphs."""
     torch.manual_seed(0)
     model = ARTransformer(ARConfig(64, 4, 3, 2, (6, 12), grid=4, num_classes=10)).cuda().train()
+    for head in model.head:  # begun at zero, the first steps would show no difference between micro-batches
+        nn.init.normal_(head.weight, std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     rt = Runtime(torch.device("cuda"), world=world)
     gradients, graphs = Gradients(rt, model.parameters()), Graphs(rt, enabled)
