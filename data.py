@@ -1,4 +1,4 @@
-"""Pictures and codes for every stage: picture folders, built-in glyphs, the order of samples, the code cache.
+"""Pictures and codes for every stage: picture folders, the order of samples, batches, the code cache.
 
     dataset = open_pictures("imagenet/train", size=256, train=True)     # or "glyphs", "glyphs:4000:ABCDEFGH"
     for micro_batches in training_batches(dataset, seed=0, global_batch=256, micro_batch=8, rank=0, world=1,
@@ -7,15 +7,13 @@
     codes = open_codes("codes/train")                                   # written by encode.py
     indices, labels = codes.batch(SampleOrder(len(codes), seed=0).at(0, 96), seed=0)
 
-Nothing here keeps a random state: the order of samples is a function of (seed, epoch), a crop of (seed, epoch, index),
-a glyph of (seed, index). So a run goes on from any step, with any number of workers.
+Nothing here keeps a random state: the order of samples is a function of (seed, epoch), a crop of (seed, epoch, index).
+So a run goes on from any step, with any number of workers.
 
 Letters: b pictures in a batch, S side in pixels, h w latent grid.
 """
 
-import colorsys
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -30,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -43,12 +41,10 @@ EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm",
 # Pillow goes by content, not by name, and would hand PostScript to an interpreter: it may open these only.
 FORMATS = sorted({Image.registered_extensions().get(extension) for extension in EXTENSIONS} - {None})
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: editors write megabytes of history
-GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-GLYPH_COUNT = 50_000
 BAD_SHARE = 0.01  # of a data set's pictures may be unreadable; more stops the run
 
-# First number of each random stream's seed: keeps apart what is drawn from equal numbers behind it.
-ORDER, CROP, GLYPH, CODE_CROP = range(4)
+# First number of each random stream's seed: keeps apart what is drawn from equal numbers behind it. 2 is glyphs.py's.
+ORDER, CROP, CODE_CROP = 0, 1, 3
 
 
 def to_float(images):
@@ -94,6 +90,8 @@ def open_pictures(source, size, train, seed=0, labelled=True):
     if size < 1 or seed < 0:
         raise UserError(f"image size must be positive and the seed not negative, not {size} and {seed}")
     if str(source).split(":")[0] == "glyphs":
+        from glyphs import Glyphs
+
         return Glyphs(str(source), size, train, seed)
     return PictureFolder(source, size, train, seed, labelled)
 
@@ -311,110 +309,6 @@ class BadPictures:
     def _names(self):
         names = list(self.seen.values())
         return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Glyphs
-
-
-class Glyphs:
-    """Built-in class-conditional pictures: letters and digits on textured grounds. See `open_pictures`.
-
-    Picture i has class i % classes and is a function of (seed, train, i); at another size it looks the same."""
-
-    def __init__(self, source, size, train, seed=0):
-        self.source, self.size, self.train, self.seed = source, size, train, seed
-        parts = source.split(":")[1:]
-        count, classes = parts + [str(GLYPH_COUNT), GLYPHS][len(parts) :] if len(parts) < 3 else ("", "")
-        if not (count.isdecimal() and len(count) < 10 and int(count) > 0 and classes.isascii() and classes.isalnum()):
-            raise UserError(f"'{source}' is not glyphs:COUNT:CLASSES, for instance glyphs:4000:ABCDEFGH")
-        if len(set(classes)) < len(classes):
-            raise UserError(f"the glyph classes {classes} name a letter twice")
-        if size < 16:
-            raise UserError(f"glyphs need an image size of at least 16, not {size}")
-        self.classes = list(classes)
-        self.labels = np.arange(int(count)) % len(classes)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, index):
-        return f"glyph {index}"
-
-    def __getitem__(self, entry):
-        _, index = entry
-        label = int(self.labels[index])
-        rng = np.random.default_rng([GLYPH, self.seed, int(self.train), index])
-        image = torch.from_numpy(draw_glyph(self.classes[label], self.size, rng))
-        return image.permute(2, 0, 1).contiguous(), label, int(index), ""
-
-
-def draw_glyph(letter, size, rng):
-    """One letter 60 to 85 % of the side high (less if it would not fit), turned by up to 15 degrees, in one colour on a
-    ground of two. Returns uint8 (S, S, 3)."""
-    light = [rng.uniform(0.65, 0.95), rng.uniform(0.65, 0.95)]
-    dark = [rng.uniform(0.05, 0.3), rng.uniform(0.05, 0.3)]
-    ground_lumas, letter_lumas = (light, dark) if rng.random() < 0.5 else (dark, light)
-    first, second = (_colour(rng, luma) for luma in ground_lumas)
-    colour = _colour(rng, letter_lumas[0])
-    texture = _texture(size, rng)[..., None]  # (S, S, 1)
-    ground = first + texture * (second - first)
-    mask = _letter_mask(letter, size, rng)[..., None]
-    return (255 * (ground + mask * (colour - ground)) + 0.5).astype(np.uint8)
-
-
-def _colour(rng, luma):
-    """An RGB colour of random hue whose luma (0.299 R + 0.587 G + 0.114 B) is `luma`, for contrast."""
-    pure = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.5, 1), 1))
-    its = pure @ (0.299, 0.587, 0.114)
-    return pure * (luma / its) if luma < its else pure + (1 - pure) * ((luma - its) / (1 - its))
-
-
-def _texture(size, rng):
-    """A field in [0, 1]: gradient, stripes, disc or soft noise. Returns (S, S)."""
-    kind, angle, phase = rng.integers(4), rng.uniform(0, 2 * np.pi), rng.random()
-    place = (np.arange(size) + 0.5) / size - 0.5
-    along = place * np.cos(angle) + (place * np.sin(angle))[:, None]
-    if kind == 0:
-        return np.clip(along + 0.5, 0, 1)
-    if kind == 1:
-        return 0.5 + 0.5 * np.sin(2 * np.pi * ((2 + 4 * rng.random()) * along + phase))
-    if kind == 2:
-        x, y = rng.uniform(-0.5, 0.5, 2)
-        return np.clip(np.hypot(place - x, (place - y)[:, None]), 0, 1)
-    noise = Image.fromarray(rng.random((6, 6), dtype=np.float32))
-    return np.clip(np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC)), 0, 1)
-
-
-@functools.cache
-def _font(pixels):
-    return ImageFont.load_default(pixels)
-
-
-def _letter_mask(letter, size, rng):
-    """How far the letter covers each pixel, 0..1, (S, S). Drawn large and averaged down."""
-    fine = 4 if size <= 64 else 2
-    side = size * fine
-    # Size: what was drawn, unless the turned letter would leave the picture.
-    left, top, right, bottom = _font(100).getbbox(letter, anchor="ls", stroke_width=3)
-    wide, high, angle = right - left, bottom - top, rng.uniform(-15, 15)
-    cosine, sine = np.cos(np.radians(angle)), abs(np.sin(np.radians(angle)))
-    turned_wide, turned_high = wide * cosine + high * sine, high * cosine + wide * sine
-    scale = min(rng.uniform(0.6, 0.85) / high, 0.96 / max(turned_wide, turned_high)) * side
-    # Place: anywhere inside.
-    x = side / 2 + (side - turned_wide * scale) * rng.uniform(-0.48, 0.48)
-    y = side / 2 + (side - turned_high * scale) * rng.uniform(-0.48, 0.48)
-    mask = Image.new("L", (side, side))
-    ImageDraw.Draw(mask).text(
-        (x - scale * (left + right) / 2, y - scale * (top + bottom) / 2),
-        letter,
-        255,
-        _font(round(100 * scale)),
-        anchor="ls",
-        stroke_width=round(3 * scale),
-    )
-    mask = mask.rotate(angle, Image.Resampling.BICUBIC, center=(x, y)).reduce(fine)
-    return np.asarray(mask) / 255
 
 
 # ----------------------------------------------------------------------------------------------------------------------
