@@ -32,7 +32,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from runtime import Unreadable, UserError, free_gib, printable, reading, reason_of, split_batch, write_json
+from runtime import Unreadable, UserError, printable, reading, reason_of, split_batch
 
 # fmt: off
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
@@ -429,178 +429,83 @@ def _stack_readable(samples):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The code cache: a folder with
+# The code cache, written by encode.py: a folder with
 #   codes.bin      int32 (count, max(1, crops), h*w), flat
 #   labels.bin     int32 (count,): the class, or one of the two below
 #   manifest.json  what the codes are of, and whether all are there
-#   tokenizer.pt   the tokenizer that made them (encode.py writes it)
+#   tokenizer.pt   the tokenizer that made them
 
 UNREADABLE, PENDING = -1, -2
 FORMAT, VERSION = "nanoMAGVIT2 codes", 1
-
-
-# Largest and smallest of a manifest's numbers; height and width are the grid's.
+# Smallest and largest of the manifest's numbers; height and width are the grid's.
 NUMBERS = {"count": (1, 2**40), "crops": (0, 2**20), "bits": (1, 30), "size": (1, 2**20)}
 NUMBERS |= {"height": (1, 2**20), "width": (1, 2**20)}
 
 
-def _manifest_of(folder):
-    """The manifest of a cache whose files have the sizes that it states."""
+def codes_shape(manifest):
+    return manifest["count"], max(1, manifest["crops"]), manifest["grid"][0] * manifest["grid"][1]
+
+
+def read_manifest(folder):
+    """The manifest of a cache whose files have the sizes that it states; else raises UserError."""
     path = Path(folder) / "manifest.json"
     try:
         with reading(path, "a code cache's manifest"):
             manifest = json.loads(path.read_bytes())
-            if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            if manifest.get("format") != FORMAT:
                 raise ValueError(f"it does not say {FORMAT}")
+            newer = manifest["version"] > VERSION
+            numbers = manifest | dict(zip(("height", "width"), manifest["grid"], strict=True))
+            for name, (lowest, highest) in NUMBERS.items():
+                if type(numbers[name]) is not int or not lowest <= numbers[name] <= highest:
+                    raise ValueError(f"{name} is {str(numbers[name])[:40]}")
+            if type(manifest["classes"]) is not list or {type(name) for name in manifest["classes"]} != {str}:
+                raise ValueError("classes is no list of names")
+            manifest["complete"] = bool(manifest["complete"])
     except Unreadable:
         raise
     except UserError as error:
         raise UserError(f"{folder} is not a code cache ({error}): make it with encode.py") from None
-    try:
-        newer = manifest["version"] > VERSION
-        numbers = manifest | dict(zip(("height", "width"), manifest["grid"], strict=True))
-        for name, (lowest, highest) in NUMBERS.items():
-            if type(numbers[name]) is not int or not lowest <= numbers[name] <= highest:
-                raise ValueError(f"{name} is {str(numbers[name])[:40]}")
-        if not isinstance(manifest["classes"], list) or {type(name) for name in manifest["classes"]} != {str}:
-            raise ValueError("classes is no list of names")
-        manifest["complete"] = bool(manifest["complete"])
-        shapes = {"codes.bin": _codes_shape(manifest), "labels.bin": (manifest["count"],)}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no whole manifest of a code cache: {error}") from None
     if newer:
         raise UserError(f"the code cache {folder} was made by a newer version of this project; update it")
-    for name, shape in shapes.items():
+    for name, shape in (("codes.bin", codes_shape(manifest)), ("labels.bin", (manifest["count"],))):
         path, expected = Path(folder) / name, 4 * math.prod(shape)
         actual = path.stat().st_size if path.is_file() else 0
         if actual != expected:
-            raise UserError(
-                f"{path} has {actual} bytes, its manifest says {expected}: it is damaged; remove {folder} "
-                f"and run encode.py again"
-            )
+            words = f"has {actual} bytes, its manifest says {expected}: it is damaged"
+            raise UserError(f"{path} {words}; remove {folder} and run encode.py again")
     return manifest
 
 
-def _codes_shape(manifest):
-    return manifest["count"], max(1, manifest["crops"]), manifest["grid"][0] * manifest["grid"][1]
-
-
-class CodeWriter:
-    """Makes a code cache, or goes on with one left unfinished; any number of ranks write their rows of it.
-
-    settings: the manifest's entries: tokenizer_hash, bits, grid [h, w], size, crops (0: the centre crop), seed,
-    classes, count, source, and whatever else decides the codes. A cache made with others (`source` apart: a folder may
-    move) is refused with a UserError naming them. Rank 0 makes its writer first."""
-
-    def __init__(self, folder, settings):
-        self.folder = Path(folder)
-        self.manifest = {"format": FORMAT, "version": VERSION, **settings, "complete": False}
-        if (self.folder / "manifest.json").exists():
-            old = _manifest_of(self.folder)
-            changed = [
-                f"{name} {str(old.get(name))[:40]}, not {str(value)[:40]}"
-                for name, value in self.manifest.items()
-                if name not in ("source", "complete") and old.get(name) != value
-            ]
-            if changed:
-                raise UserError(
-                    f"{folder} holds codes made with {'; '.join(changed)}: give another --out, or remove it"
-                )
-            self.manifest = old
-        else:
-            self._create()
-
-    def _create(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from None
-        gib = 4 * np.prod(_codes_shape(self.manifest), dtype=np.float64) / 2**30
-        if gib > free_gib(self.folder):
-            raise UserError(f"the codes need {gib:.1f} GiB, and {self.folder} has {free_gib(self.folder):.1f} GiB free")
-        labels = self.folder / "labels.bin"
-        if labels.is_file() and not labels.is_symlink() and (self.labels() != PENDING).any():
-            raise UserError(f"{self.folder} holds codes, but no manifest.json: restore it, or give another --out")
-        for name in ("codes.bin", "labels.bin"):  # new files: nothing is written through a link
-            (self.folder / name).unlink(missing_ok=True)
-            with open(self.folder / name, "xb") as file:
-                if name == "codes.bin":
-                    file.truncate(4 * math.prod(_codes_shape(self.manifest)))
-                else:
-                    np.full(self.manifest["count"], PENDING, np.int32).tofile(file)
-        write_json(self.folder / "manifest.json", self.manifest)  # last: with it, the other two are whole
-
-    @property
-    def complete(self):
-        return self.manifest["complete"]
-
-    def labels(self):
-        """int32 (count,), as they stand on file."""
-        return _labels_of(self.folder)
-
-    def todo(self):
-        """Row numbers not yet encoded; unreadable ones are tried again. All ranks ask before any writes."""
-        return np.flatnonzero(self.labels() < 0)
-
-    def write(self, indices, codes, labels):
-        """Set whole rows: indices (b,), codes (b, max(1, crops), h*w), labels (b,). Integers, on the CPU.
-
-        A label follows once its codes are on the disk: no kill or power cut leaves a row that looks done and is not.
-        These are plain writes: through a memory map, a full disk ends the process without a word."""
-        self._put("codes.bin", indices, np.asarray(codes, np.int32))
-        self._put("labels.bin", indices, np.asarray(labels, np.int32))
-
-    def write_unreadable(self, indices):
-        """Note rows that cannot be encoded."""
-        self._put("labels.bin", indices, np.full(len(indices), UNREADABLE, np.int32))
-
-    def _put(self, name, indices, rows):
-        with self._open(name) as file:
-            for index, row in zip(indices, rows, strict=True):
-                file.seek(int(index) * row.nbytes)
-                file.write(row.tobytes())
-            file.flush()
-            if name == "codes.bin":
-                os.fsync(file.fileno())
-
-    def _open(self, name):
-        path = self.folder / name
-        return open(path, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW))
-
-    def finish(self):
-        """Mark the cache complete. On one rank, after all have written theirs."""
-        if (self.labels() == PENDING).any():
-            raise UserError(f"{self.folder} is not finished; run encode.py again to go on")
-        with self._open("labels.bin") as file:
-            os.fsync(file.fileno())
-        self.manifest["complete"] = True
-        write_json(self.folder / "manifest.json", self.manifest)
-
-
-def _labels_of(folder):
+def read_labels(folder):
     with reading(Path(folder) / "labels.bin", "a code cache's labels"):
         return np.fromfile(Path(folder) / "labels.bin", np.int32)
 
 
 class CodeDataset:
-    """A complete code cache: see `open_codes`."""
+    """The readable pictures' codes of the complete cache in `folder`; also called `open_codes`.
+
+    `len()`, `.labels` (int64 array), `.classes` (names), `.grid` (h, w), `.manifest`, `.identity` (a hash of what decides
+    the codes); and `.codes`, the memory map int32 (count, max(1, crops), h*w), in which `.rows` are the readable
+    ones. Raises UserError where the folder is no cache, unfinished, of a newer version, or its files are not as long as
+    they should be. (Codes are not scanned.)"""
 
     def __init__(self, folder):
-        self.manifest = _manifest_of(folder)
+        self.manifest = read_manifest(folder)
         if not self.manifest["complete"]:
             raise UserError(f"the code cache {folder} is incomplete: finish it by running encode.py again")
         self.classes, self.grid = self.manifest["classes"], tuple(self.manifest["grid"])
-        labels = _labels_of(folder).astype(np.int64)
+        labels = read_labels(folder).astype(np.int64)
         self.rows = np.flatnonzero(labels >= 0)
         self.labels = labels[self.rows]
+        if not len(self.rows) or labels.min() < UNREADABLE or labels.max() >= len(self.classes):
+            words = "names no picture, or classes that there are not: it is damaged"
+            raise UserError(f"{folder}/labels.bin {words}; remove {folder} and run encode.py again")
         made_of = {name: value for name, value in self.manifest.items() if name != "source"}
         self.identity = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode() + labels.tobytes()).hexdigest()
-        if not len(self.rows) or labels.min() < UNREADABLE or labels.max() >= len(self.classes):
-            what = "names no picture, or classes that there are not: it is damaged"
-            raise UserError(f"{folder}/labels.bin {what}; remove {folder} and run encode.py again")
         path = Path(folder) / "codes.bin"
         with reading(path, "a code cache's codes"):
-            self.codes = np.memmap(path, np.int32, mode="r", shape=_codes_shape(self.manifest))
+            self.codes = np.memmap(path, np.int32, mode="r", shape=codes_shape(self.manifest))
 
     def __len__(self):
         return len(self.rows)
@@ -608,21 +513,14 @@ class CodeDataset:
     def batch(self, entries, seed):
         """b times (epoch, index), as from `SampleOrder` -> (code indices int64 (b, h*w), labels int64 (b,)). Where
         several crops are on file, the one taken is a function of (seed, epoch, index)."""
-        crops = self.codes.shape[1]
-        chosen = [
-            int(np.random.default_rng([CODE_CROP, seed, epoch, index]).integers(crops)) if crops > 1 else 0
+        count = self.codes.shape[1]
+        crops = [
+            int(np.random.default_rng([CODE_CROP, seed, epoch, index]).integers(count)) if count > 1 else 0
             for epoch, index in entries
         ]
         indices = np.array([index for _, index in entries])
-        codes = self.codes[self.rows[indices], chosen].astype(np.int64)
+        codes = self.codes[self.rows[indices], crops].astype(np.int64)
         return torch.from_numpy(codes), torch.from_numpy(self.labels[indices])
 
 
-def open_codes(folder):
-    """The complete code cache in `folder`.
-
-    Returns a dataset with `len()`, `.labels` (int64 array) and `.batch(entries, seed)` over its readable pictures,
-    `.classes` (names), `.grid` (h, w), `.manifest`; and `.codes`, the memory map int32 (count, max(1, crops), h*w), in
-    which `.rows` are the readable ones. Raises UserError where it is no cache, unfinished, of a newer version, or its
-    files are not as long as they should be. (Codes are not scanned.)"""
-    return CodeDataset(folder)
+open_codes = CodeDataset

@@ -5,13 +5,17 @@
 
 In --out: codes.bin (a row of int32 indices a crop), labels.bin, manifest.json, and tokenizer.pt, so that train_ar.py
 needs nothing else. `data.open_codes` reads it. Stopped anywhere, the same command goes on. Open-MAGVIT2 (arXiv
-2409.04410): the transformer is trained on the indices of a frozen tokenizer."""
+2409.04410): the transformer is trained on the indices of a frozen tokenizer.
+
+Letters: b pictures or crops in a batch, S side in pixels, h w latent grid."""
 
 import hashlib
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +24,8 @@ from tqdm import tqdm
 import checkpoint
 import data
 import runtime
+from data import PENDING, UNREADABLE
+from runtime import UserError, at_least
 from tokenizer import load_tokenizer
 
 SECONDS_BETWEEN_LINES = 30  # where no terminal shows a bar
@@ -34,24 +40,103 @@ def parse(argv=None):
     add = arguments.add_argument_group("pictures").add_argument
     add("--data", required=True, help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in")
     add("--unlabelled", action="store_true", help="take --data's pictures at any depth, all of one class")
-    add("--size", type=runtime.at_least(1), default=256, help="side of the crops, pixels")
-    add(
-        "--crops",
-        type=runtime.at_least(0),
-        default=0,
-        help="random crops a picture (a square one has but one); 0: the centre crop only",
-    )
-    add("--seed", type=runtime.at_least(0), default=0, help="of the random crops; glyphs: another seed, other pictures")
-    add("--workers", type=runtime.at_least(0), default=2, help="loader processes per device")
+    add("--size", type=at_least(1), default=256, help="side of the crops, pixels")
+    add("--crops", type=at_least(0), default=0, help="random crops a picture (a square has but one); 0: centre only")
+    add("--seed", type=at_least(0), default=0, help="of the random crops; glyphs: another seed, other pictures")
+    add("--workers", type=at_least(0), default=2, help="loader processes per device")
     add = arguments.add_argument_group("encoding").add_argument
     add("--tokenizer", required=True, help="released name (256_L, 128_L), a tokenizer file, or a run's folder")
     add("--raw", action="store_true", help="the training weights instead of their moving average (EMA)")
-    add("--batch", type=runtime.at_least(1), default=64, help="crops a device at once")
+    add("--batch", type=at_least(1), default=64, help="crops a device at once")
     # A code is the sign of a latent, and rounding turns some: another token, not a slightly different one.
     add("--precision", default="fp32", help="fp32; or bf16, fp16: faster, and some codes differ")
     add = arguments.add_argument_group("output").add_argument
     add("--out", required=True, help="the cache's folder")
     return arguments.parse_args(argv)
+
+
+class CodeWriter:
+    """Makes a code cache (its files: see data.py), or goes on with an unfinished one; ranks write their rows together.
+
+    settings: the manifest's entries: tokenizer_hash, bits, grid [h, w], size, crops (0: the centre crop), seed,
+    classes, count, source, and whatever else decides the codes. A cache made with others (`source` apart: a folder may
+    move) is refused with a UserError naming them. Rank 0 makes its writer first."""
+
+    def __init__(self, folder, settings):
+        self.folder = Path(folder)
+        self.manifest = {"format": data.FORMAT, "version": data.VERSION, **settings, "complete": False}
+        if not (self.folder / "manifest.json").exists():
+            self._create()
+            return
+        old = data.read_manifest(folder)
+        changed = [
+            f"{name} {str(old.get(name))[:40]}, not {str(value)[:40]}"
+            for name, value in self.manifest.items()
+            if name not in ("source", "complete") and old.get(name) != value
+        ]
+        if changed:
+            raise UserError(f"{folder} holds codes made with {'; '.join(changed)}: give another --out, or remove it")
+        self.manifest = old
+
+    def _create(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from None
+        count, length = self.manifest["count"], 4 * math.prod(data.codes_shape(self.manifest))
+        free = runtime.free_gib(self.folder)
+        if length / 2**30 > free:
+            raise UserError(f"the codes need {length / 2**30:.1f} GiB, and {self.folder} has {free:.1f} GiB free")
+        codes, labels = self.folder / "codes.bin", self.folder / "labels.bin"
+        if labels.is_file() and not labels.is_symlink() and (self.labels() != PENDING).any():
+            raise UserError(f"{self.folder} holds codes, but no manifest.json: restore it, or give another --out")
+        for path in (codes, labels):
+            path.unlink(missing_ok=True)
+        with open(codes, "xb") as file:  # x, a new file: nothing is written through a link
+            file.truncate(length)
+        with open(labels, "xb") as file:
+            np.full(count, PENDING, np.int32).tofile(file)
+        runtime.write_json(self.folder / "manifest.json", self.manifest)  # last: with it, the other two are whole
+
+    @property
+    def complete(self):
+        return self.manifest["complete"]
+
+    def labels(self):
+        """int32 (count,), as they stand on file."""
+        return data.read_labels(self.folder)
+
+    def todo(self):
+        """Row numbers not yet encoded; unreadable ones are tried again. All ranks ask before any writes."""
+        return np.flatnonzero(self.labels() < 0)
+
+    def write(self, indices, codes, labels):
+        """Set whole rows: indices (b,), codes (b, max(1, crops), h*w), labels (b,). Integers, on the CPU.
+
+        A label follows once its codes are on the disk: no kill or power cut leaves a row that looks done and is not."""
+        self._put("codes.bin", indices, codes)
+        self._put("labels.bin", indices, labels)
+
+    def write_unreadable(self, indices):
+        """Note rows that cannot be encoded."""
+        self._put("labels.bin", indices, [UNREADABLE] * len(indices))
+
+    def _put(self, name, indices, rows):
+        # Plain writes: through a memory map, a full disk ends the process without a word.
+        path, flags = self.folder / name, os.O_NOFOLLOW
+        with open(path, "r+b", opener=lambda path, mode: os.open(path, mode | flags)) as file:
+            for index, row in zip(indices, np.asarray(rows, np.int32), strict=True):
+                file.seek(int(index) * row.nbytes)
+                file.write(row.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self):
+        """Mark the cache complete. On one rank, after all have written theirs."""
+        if (self.labels() == PENDING).any():
+            raise UserError(f"{self.folder} is not finished; run encode.py again to go on")
+        self.manifest["complete"] = True
+        runtime.write_json(self.folder / "manifest.json", self.manifest)
 
 
 def open_writer(rt, args, tokenizer, pictures):
@@ -71,82 +156,12 @@ def open_writer(rt, args, tokenizer, pictures):
         "source": str(args.data),
     }
     if rt.main:
-        writer = data.CodeWriter(args.out, settings)
+        writer = CodeWriter(args.out, settings)
         if not writer.complete:
             content = {"kind": "tokenizer", "config": asdict(tokenizer.config), "tokenizer": tokenizer.state_dict()}
             checkpoint.write_atomically(writer.folder / "tokenizer.pt", content)
     rt.barrier()
-    return writer if rt.main else data.CodeWriter(args.out, settings)
-
-
-def main():
-    args = parse()
-    rt = runtime.start()
-    args.precision = runtime.set_precision(rt, args.precision)
-    glyphs = args.data.split(":")[0] == "glyphs"
-    if glyphs and args.crops:
-        raise runtime.UserError("glyphs are drawn to size, there is nothing to crop: leave --crops out")
-
-    # Pictures, tokenizer, cache: whatever is wrong shows before any work is done.
-    # train: random crops of a folder; of glyphs, the pictures that the tokenizer was trained on.
-    pictures = data.open_pictures(
-        args.data, args.size, train=bool(args.crops) or glyphs, seed=args.seed, labelled=not args.unlabelled
-    )
-    tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw)
-    if args.size % tokenizer.factor:
-        raise runtime.UserError(
-            f"--size {args.size} is not a multiple of {tokenizer.factor}, the tokenizer's pixels a token"
-        )
-    writer = open_writer(rt, args, tokenizer, pictures)
-    if writer.complete:
-        rt.say(f"{args.out} is already complete: {len(pictures)} pictures")
-        return
-    tokenizer.to(rt.device, memory_format=rt.layout)
-    crops = max(1, args.crops)
-    at_once = max(1, args.batch // crops)  # pictures: each with all its crops, so that rows are written whole
-    todo = writer.todo()
-    rt.say(f"device {rt.device.type} x {rt.world}, {args.precision}, {len(todo)} of {len(pictures)} pictures to do")
-    rt.barrier()  # all ranks share out the same list: none writes before all have read it
-
-    stop, bad = runtime.StopSignal(rt), data.BadPictures(pictures)
-    batches = data.evaluation_batches(pictures, at_once, rt.rank, rt.world, args.workers, todo, crops)
-    bar = tqdm(total=len(todo), disable=not (rt.main and sys.stderr.isatty()), unit="pictures")
-    began = spoke = time.perf_counter()
-    done = done_by_all = seconds = speed = 0
-    # Every rank makes as many rounds as the one with the largest share, since they meet at the end of each.
-    for _ in range(math.ceil(math.ceil(len(todo) / rt.world) / at_once)):
-        images, labels, indices, unreadable = next(batches, (None, (), (), ()))
-        if len(labels):
-            codes = encode(rt, tokenizer, images, args.batch, args.precision)
-            codes = codes.view(-1, crops, codes.shape[1])  # (b, h*w) -> (pictures, crops, h*w)
-            writer.write(indices[::crops], codes, labels[::crops])
-        if unreadable:
-            writer.write_unreadable(unreadable)
-            bad.add(unreadable)
-        done += len(labels) // crops + len(unreadable)
-        asked, done_by_all, bad_of_all = rt.reduce([stop.asked, done, bad.count])
-        bad.check(bad_of_all)
-        bar.update(int(done_by_all) - bar.n)
-        seconds = time.perf_counter() - began
-        speed = done_by_all * crops / seconds
-        if began + seconds > spoke + SECONDS_BETWEEN_LINES and bar.disable:
-            spoke = began + seconds
-            rt.say(f"{done_by_all:.0f}/{len(todo)} pictures, {speed:.1f} images/s")
-        if asked:
-            break
-    bar.close()
-
-    # Every row is on file once all ranks are here (the last reduce above).
-    if rt.main and done_by_all < len(todo):
-        rt.say(f"stopped after {done_by_all:.0f} of {len(todo)} pictures; the same command goes on from here")
-    elif rt.main:
-        writer.finish()
-        unreadable = int((writer.labels() == data.UNREADABLE).sum())
-        images = done_by_all * crops
-        rt.say(f"{done_by_all:.0f} pictures, {images:.0f} images, {seconds:.1f} s, {speed:.1f} images/s")
-        rt.say(f"codes used {share_used(args.out):.2%} of 2^{tokenizer.config.bits}")
-        rt.say(f"unreadable pictures: {unreadable or 'none'}")
-        rt.say(f"complete: {args.out}")
+    return writer if rt.main else CodeWriter(args.out, settings)
 
 
 def encode(rt, tokenizer, images, batch, precision):
@@ -154,8 +169,8 @@ def encode(rt, tokenizer, images, batch, precision):
     codes = []
     for part in images.split(batch):
         with torch.inference_mode(), runtime.autocast(rt.device, precision):
-            part = data.to_float(part.to(rt.device, non_blocking=True))
-            codes.append(tokenizer.encode(part).flatten(1).cpu())
+            x = data.to_float(part.to(rt.device, non_blocking=True))
+            codes.append(tokenizer.encode(x).flatten(1).cpu())  # (b, h, w) -> (b, h*w)
     return torch.cat(codes)
 
 
@@ -166,6 +181,73 @@ def share_used(folder):
     for rows in np.array_split(codes.rows, math.ceil(len(codes) / 1000)):
         used[codes.codes[rows]] = True
     return used.mean()
+
+
+def main():
+    args = parse()
+    rt = runtime.start()
+    args.precision = runtime.set_precision(rt, args.precision)
+    glyphs = args.data.split(":")[0] == "glyphs"
+    if glyphs and args.crops:
+        raise UserError("glyphs are drawn to size, there is nothing to crop: leave --crops out")
+
+    # Pictures, tokenizer, cache: whatever is wrong shows before any work is done.
+    train = bool(args.crops) or glyphs  # random crops of a folder; the glyphs that the tokenizer was trained on
+    pictures = data.open_pictures(args.data, args.size, train, args.seed, labelled=not args.unlabelled)
+    tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw)
+    if args.size % tokenizer.factor:
+        raise UserError(f"--size {args.size} is not a multiple of {tokenizer.factor}, this tokenizer's factor")
+    writer = open_writer(rt, args, tokenizer, pictures)
+    if writer.complete:
+        rt.say(f"{args.out} is already complete: {len(pictures)} pictures")
+        return
+    tokenizer.to(rt.device, memory_format=rt.layout)
+    todo = writer.todo()
+    rt.say(f"device {rt.device.type} x {rt.world}, {args.precision}, {len(todo)} of {len(pictures)} pictures to do")
+    rt.barrier()  # all ranks share out the same list: none writes before all have read it
+
+    crops = max(1, args.crops)
+    at_once = max(1, args.batch // crops)  # pictures: each with all its crops, so that rows are written whole
+    batches = data.evaluation_batches(pictures, at_once, rt.rank, rt.world, args.workers, todo, crops)
+    rounds = math.ceil(math.ceil(len(todo) / rt.world) / at_once)  # of the rank with the largest share
+    stop, bad = runtime.StopSignal(rt), data.BadPictures(pictures)
+    bar = tqdm(total=len(todo), disable=not (rt.main and sys.stderr.isatty()), unit="pictures")
+    began = spoke = time.perf_counter()
+    done = done_by_all = seconds = speed = 0
+    for _ in range(rounds):
+        batch = next(batches, None)  # None: this rank's share was smaller, and the others wait for it below
+        if batch and len(batch.labels):
+            codes = encode(rt, tokenizer, batch.images, args.batch, args.precision)
+            codes = codes.view(-1, crops, codes.shape[1])  # (b, h*w) -> (pictures, crops, h*w)
+            writer.write(batch.indices[::crops], codes, batch.labels[::crops])
+        if batch and batch.unreadable:
+            writer.write_unreadable(batch.unreadable)
+            bad.add(batch.unreadable)
+        if batch:
+            done += len(batch.labels) // crops + len(batch.unreadable)
+        asked, done_by_all, bad_of_all = rt.reduce([stop.asked, done, bad.count])
+        bad.check(bad_of_all)
+        seconds = time.perf_counter() - began
+        speed = done_by_all * crops / seconds
+        bar.update(int(done_by_all) - bar.n)
+        if bar.disable and began + seconds > spoke + SECONDS_BETWEEN_LINES:
+            spoke = began + seconds
+            rt.say(f"{done_by_all:.0f}/{len(todo)} pictures, {speed:.1f} images/s")
+        if asked:
+            break
+    bar.close()
+
+    # Every row is on file once all ranks are here (the last reduce above).
+    if not rt.main:
+        return
+    if done_by_all < len(todo):
+        rt.say(f"stopped after {done_by_all:.0f} of {len(todo)} pictures; the same command goes on from here")
+        return
+    writer.finish()
+    rt.say(f"{done_by_all:.0f} pictures, {done_by_all * crops:.0f} images, {seconds:.1f} s, {speed:.1f} images/s")
+    rt.say(f"codes used {share_used(args.out):.2%} of 2^{tokenizer.config.bits}")
+    rt.say(f"unreadable pictures: {int((writer.labels() == UNREADABLE).sum()) or 'none'}")
+    rt.say(f"complete: {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
+import json
 import os
 import signal
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,199 @@ from scripts import fails_with_one_line, run, start
 import checkpoint
 import data
 import encode
-from runtime import UserError
+from runtime import Unreadable, UserError
 from tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache's folder: CodeWriter and data.open_codes
+
+SETTINGS = {
+    "tokenizer_hash": "abc",
+    "bits": 18,
+    "grid": [2, 3],
+    "size": 32,
+    "crops": 2,
+    "seed": 0,
+    "classes": ["x", "y"],
+    "count": 9,
+    "source": "somewhere",
+}
+CODES = np.random.default_rng(0).integers(0, 2**18, (9, 2, 6))
+LABELS = np.arange(9) % 2
+
+
+def fill_rows(writer, rows):
+    writer.write(rows, CODES[rows], LABELS[rows])
+
+
+def complete_cache(folder):
+    writer = encode.CodeWriter(folder, SETTINGS)
+    fill_rows(writer, [0, 1, 2, 4, 5, 6, 7, 8])
+    writer.write_unreadable([3])
+    writer.finish()
+    return folder
+
+
+def content(folder):
+    return {name: (folder / name).read_bytes() for name in ("codes.bin", "labels.bin", "manifest.json")}
+
+
+def test_cache_round_trip(tmp_path):
+    codes = data.open_codes(complete_cache(tmp_path / "a" / "cache"))
+    readable = [0, 1, 2, 4, 5, 6, 7, 8]
+    assert len(codes) == 8 and codes.rows.tolist() == readable and codes.labels.tolist() == [0, 1, 0, 0, 1, 0, 1, 0]
+    assert codes.classes == ["x", "y"] and codes.grid == (2, 3) and codes.manifest["tokenizer_hash"] == "abc"
+    assert codes.codes.shape == (9, 2, 6) and (codes.codes[readable] == CODES[readable]).all()
+    on_file = np.frombuffer((tmp_path / "a" / "cache" / "labels.bin").read_bytes(), "<i4")
+    assert on_file.tolist() == [0, 1, 0, -1, 0, 1, 0, 1, 0]
+
+    entries = data.SampleOrder(8, seed=0).at(0, 80)
+    indices, labels = codes.batch(entries, seed=1)
+    assert indices.dtype == labels.dtype == torch.int64 and indices.shape == (80, 6)
+    assert labels.tolist() == [LABELS[readable[i]] for _, i in entries]
+    crops = []
+    for row, (_, i) in zip(indices.numpy(), entries):
+        crops += [crop for crop in (0, 1) if (row == CODES[readable[i], crop]).all()]
+    assert len(crops) == 80 and 20 < sum(crops) < 60
+    assert torch.equal(codes.batch(entries[30:50], seed=1)[0], indices[30:50])
+    assert not torch.equal(codes.batch(entries, seed=2)[0], indices)
+
+
+def test_a_cache_goes_on_after_a_stop(tmp_path):
+    expected = content(complete_cache(tmp_path / "whole"))
+    writer = encode.CodeWriter(tmp_path / "cut", SETTINGS)
+    fill_rows(writer, [5, 0])
+    writer.write_unreadable([3])
+    with pytest.raises(UserError, match="incomplete: finish it by running encode.py again"):
+        data.open_codes(tmp_path / "cut")
+    with pytest.raises(UserError, match="not finished"):
+        writer.finish()
+    writer = encode.CodeWriter(tmp_path / "cut", SETTINGS | {"source": "moved"})
+    assert writer.todo().tolist() == [1, 2, 3, 4, 6, 7, 8] and not writer.complete  # 3 gets another chance
+    fill_rows(writer, [1, 2, 4, 6, 7, 8])
+    writer.finish()
+    assert content(tmp_path / "cut") == expected
+    assert encode.CodeWriter(tmp_path / "cut", SETTINGS).complete
+
+
+def test_codes_that_have_lost_their_manifest_are_not_thrown_away(tmp_path):
+    complete_cache(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    before = (tmp_path / "codes.bin").read_bytes()
+    with pytest.raises(UserError, match="holds codes, but no manifest.json"):
+        encode.CodeWriter(tmp_path, SETTINGS)
+    assert (tmp_path / "codes.bin").read_bytes() == before
+    (tmp_path / "labels.bin").unlink()  # a creation that was cut off: nothing was encoded
+    assert not encode.CodeWriter(tmp_path, SETTINGS).complete
+
+
+def test_two_writers_make_the_same_files_as_one(tmp_path):
+    expected = content(complete_cache(tmp_path / "one"))
+    writers = [encode.CodeWriter(tmp_path / "two", SETTINGS) for _ in range(2)]
+    for a, b in ([0, 8], [2, 7], [4, 6], [5, 1]):
+        fill_rows(writers[0], [a])
+        fill_rows(writers[1], [b])
+    writers[1].write_unreadable([3])
+    writers[0].finish()
+    assert content(tmp_path / "two") == expected
+
+
+def test_a_label_is_set_only_after_its_codes(tmp_path, monkeypatch):
+    writer = encode.CodeWriter(tmp_path, SETTINGS)
+
+    def no_space(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)  # the codes do not reach the disk
+    with pytest.raises(OSError):
+        fill_rows(writer, [1])
+    assert (writer.labels() == data.PENDING).all()
+
+
+@pytest.mark.parametrize(
+    "name, value", [("tokenizer_hash", "def"), ("crops", 0), ("seed", 1), ("count", 8), ("classes", ["x", "z"])]
+)
+def test_a_cache_made_otherwise_is_refused(tmp_path, name, value):
+    complete_cache(tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=f"made with {name} .*give another --out"):
+        encode.CodeWriter(tmp_path, SETTINGS | {name: value})
+    assert content(tmp_path) == before
+
+
+def test_damaged_and_foreign_caches_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a code cache"):
+        data.open_codes(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"cut sho')
+    with pytest.raises(UserError, match="is not a code cache"):
+        data.open_codes(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    complete_cache(tmp_path)
+    for name in ("codes.bin", "labels.bin"):
+        whole = (tmp_path / name).read_bytes()
+        for wrong in (whole[:-4], whole + b"1234"):
+            (tmp_path / name).write_bytes(wrong)
+            with pytest.raises(UserError, match=f"{name} has {len(wrong)} bytes.*damaged"):
+                data.open_codes(tmp_path)
+            with pytest.raises(UserError, match="damaged"):
+                encode.CodeWriter(tmp_path, SETTINGS)
+        (tmp_path / name).write_bytes(whole)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
+    with pytest.raises(UserError, match="newer version"):
+        data.open_codes(tmp_path)
+    wrongs = [{"crops": None}, {"version": "one"}, {"grid": [4]}, {"grid": [2, 3, 1]}, {"grid": 6}, {"count": -9}]
+    wrongs += [{"count": 10**30}, {"count": 9.0}, {"classes": "xy"}, {"classes": [1, 2]}, {"classes": []}]
+    for wrong in [*wrongs, {"bits": 99}, {"bits": "18"}]:
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest | wrong))
+        with pytest.raises(UserError, match="manifest.json is not a code cache's manifest"):
+            data.open_codes(tmp_path)
+
+
+def test_a_manifest_that_cannot_be_read_is_not_an_absent_one(tmp_path, monkeypatch):
+    complete_cache(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for open_it in (data.open_codes, lambda folder: encode.CodeWriter(folder, SETTINGS)):
+        with pytest.raises(Unreadable, match="cannot read .*manifest.json: Permission denied"):
+            open_it(tmp_path)
+
+
+def test_labels_of_classes_that_are_not_there(tmp_path):
+    complete_cache(tmp_path)
+    for wrong in (LABELS * 0 + 2, LABELS * 0 - 3, LABELS * 0 - 1):
+        wrong.astype(np.int32).tofile(tmp_path / "labels.bin")
+        with pytest.raises(UserError, match="labels.bin names no picture, or classes"):
+            data.open_codes(tmp_path)
+
+
+def test_a_cache_is_not_written_through_links(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "cache"
+    folder.mkdir()
+    victim.write_bytes(b"mine")
+    for name in ("codes.bin", "labels.bin"):
+        (folder / name).symlink_to(victim)
+    complete_cache(folder)
+    assert victim.read_bytes() == b"mine" and not (folder / "codes.bin").is_symlink()
+    os.rename(folder / "codes.bin", victim)
+    (folder / "codes.bin").symlink_to(victim)
+    before = victim.read_bytes()
+    with pytest.raises(OSError, match="symbolic links"):
+        encode.CodeWriter(folder, SETTINGS).write([0], CODES[[1]], LABELS[[1]])
+    assert victim.read_bytes() == before
+
+
+def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match="GiB free"):
+        encode.CodeWriter(tmp_path, SETTINGS | {"count": 10**15})
+    assert not any(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script
 
 CONFIG = TokenizerConfig(channels=32, channel_multipliers=(1, 1), blocks_per_level=1, bits=8)
 
@@ -69,10 +262,6 @@ def encode_here(monkeypatch, capsys):
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-def content(folder):
-    return {name: (folder / name).read_bytes() for name in ("codes.bin", "labels.bin", "manifest.json")}
 
 
 def test_codes_are_the_tokenizers_and_two_processes_make_the_same_files(tokenizer_file, pictures, tmp_path):
