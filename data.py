@@ -1,9 +1,9 @@
 """Pictures and codes for every stage: picture folders, the order of samples, batches, the code cache.
 
-    dataset = open_pictures("imagenet/train", size=256, train=True)     # or "glyphs", "glyphs:4000:ABCDEFGH"
-    for micro_batches in training_batches(dataset, seed=0, global_batch=256, micro_batch=8, rank=0, world=1,
+    pictures = open_pictures("imagenet/train", size=256, train=True)    # or "glyphs", "glyphs:4000:ABCDEFGH"
+    for micro_batches in training_batches(pictures, seed=0, global_batch=256, micro_batch=8, rank=0, world=1,
                                           first_step=0, total_steps=1000, workers=8):
-        for batch in micro_batches: ...                                 # a Batch of uint8 (b, 3, S, S), int64 (b,)
+        for batch in micro_batches: ...                                 # a `Batch`: uint8 (b, 3, S, S), int64 (b,)
     codes = open_codes("codes/train")                                   # written by encode.py
     indices, labels = codes.batch(SampleOrder(len(codes), seed=0).at(0, 96), seed=0)
 
@@ -14,6 +14,7 @@ Letters: b pictures in a batch, S side in pixels, h w latent grid.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -34,12 +35,9 @@ from tqdm import tqdm
 
 from runtime import Unreadable, UserError, printable, reading, reason_of, split_batch
 
-# fmt: off
-EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
-              ".ppm", ".tif", ".tiff", ".webp")  # in capitals too
-# fmt: on
+EXTENSIONS = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp"  # in capitals too
 # Pillow goes by content, not by name, and would hand PostScript to an interpreter: it may open these only.
-FORMATS = sorted({Image.registered_extensions().get(extension) for extension in EXTENSIONS} - {None})
+FORMATS = sorted({Image.registered_extensions().get(extension) for extension in EXTENSIONS.split()} - {None})
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: editors write megabytes of history
 BAD_SHARE = 0.01  # of a data set's pictures may be unreadable; more stops the run
 
@@ -48,21 +46,22 @@ ORDER, CROP, CODE_CROP = 0, 1, 3
 
 
 def to_float(images):
-    """uint8 0..255 -> float32 in [-1, 1], on the device of `images`."""
+    """uint8 0..255 -> float32 in [-1, 1], what the tokenizer takes, on the device of `images`."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images, rounding=False):
-    """Float images, clamped to [-1, 1] -> uint8. Truncates, as the published numbers were made: half a grey level
-    darker on average than with `rounding`."""
+    """The tokenizer's float images, clamped to [-1, 1] -> uint8. Truncates, as the published numbers were made: half a
+    grey level darker on average than with `rounding`."""
     levels = 255 * (images.float().clamp(-1, 1) + 1) / 2
     return (levels.round() if rounding else levels).to(torch.uint8)
 
 
 def picture_grid(images, columns):
-    """A PIL picture of the uint8 (N, 3, H, W) tensor, row by row, two light pixels between neighbours."""
+    """A PIL picture of samples or reconstructions: the uint8 (N, 3, H, W) tensor `images` (on the CPU) row by row, two
+    light pixels between neighbours."""
     count, _, height, width = images.shape
-    rows = -(-count // columns)
+    rows = math.ceil(count / columns)
     sheet = torch.full((3, rows * (height + 2) - 2, columns * (width + 2) - 2), 230, dtype=torch.uint8)
     for i, image in enumerate(images):
         top, left = i // columns * (height + 2), i % columns * (width + 2)
@@ -83,9 +82,9 @@ def open_pictures(source, size, train, seed=0, labelled=True):
         other pictures than with False.
     labelled: False takes any picture at any depth of a folder, with label 0 of the one class "all".
 
-    Returns a dataset with `len()`, `.classes` (names; folders sorted), `.labels` (int64 array), `.name(index)`, and
-    `dataset[epoch, index]` -> (image uint8 tensor (3, S, S), label, index, ""); in place of an unreadable picture comes
-    the next readable one, with the reason as the last entry. Raises UserError where there is none.
+    Returns a dataset with `len()`, `.classes` (names; folders sorted), `.labels` (int64 array), `.shape` (H, W),
+    `.source`, `.name(index)`, and `dataset[epoch, index]` -> (uint8 tensor (3, S, S), label), which raises whatever
+    Pillow raises for a picture that cannot be read. Raises UserError for a folder of which none can.
     """
     if size < 1 or seed < 0:
         raise UserError(f"image size must be positive and the seed not negative, not {size} and {seed}")
@@ -97,43 +96,36 @@ def open_pictures(source, size, train, seed=0, labelled=True):
 
 
 class PictureFolder:
-    """See `open_pictures`."""
+    """See `open_pictures`. size None: pictures as they are, neither resized nor cropped; `shape` is None then."""
 
-    def __init__(self, source, size, train, seed=0, labelled=True):
+    def __init__(self, source, size, train=False, seed=0, labelled=True):
         self.source, self.size, self.train, self.seed = Path(source), size, train, seed
-        self.classes = ["all"]
-        if labelled:
-            names = next(os.walk(self.source, onerror=_stop))[1]
-            self.classes = sorted(name for name in names if not name.startswith("."))
-        found = _pictures_in(self.source, self.classes if labelled else ["."])
-        for name, paths in zip(self.classes, found):
-            if labelled and not paths:
-                raise UserError(
-                    f"class folder {self.source / name} holds no pictures; fill or remove it "
-                    f"(pictures are {' '.join(EXTENSIONS)}; a folder linked to twice counts once)"
-                )
-        if not any(found):
-            loose = len(_pictures_in(self.source, ["."])[0])
-            if loose:
-                raise UserError(
-                    f"{source} has no class folders, its {loose} pictures lie directly in it; put those of "
-                    f"each class in a folder of their own"
-                )
-            raise UserError(f"the folder {source} holds no pictures ({' '.join(EXTENSIONS)})")
+        self.shape = size and (size, size)
+        found = _pictures_by_class(self.source)
+        loose = found.pop(".")
+        if not labelled:
+            found = {"all": loose + [path for paths in found.values() for path in paths]}
+        empty = [name for name, paths in found.items() if not paths]
+        if empty and labelled:
+            words = f"({EXTENSIONS}; a folder linked to twice counts once): fill or remove it"
+            raise UserError(f"class folder {self.source / empty[0]} holds no pictures {words}")
+        if loose and not found:
+            words = f"its {len(loose)} pictures lie directly in it; put those of each class in a folder of their own"
+            raise UserError(f"{source} has no class folders, {words}")
+        if empty or not found:
+            raise UserError(f"the folder {source} holds no pictures ({EXTENSIONS})")
+        self.classes = list(found)
         # One flat array, because a list of a million strings is copied into every worker as it is touched.
-        self.paths = np.array([os.fsencode(path) for paths in found for path in paths])
-        self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found])
-        self._last = (-1, None)
+        self.paths = np.array([os.fsencode(path) for paths in found.values() for path in sorted(paths)])
+        self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()])
+        self._last = None, None  # index and picture
         # Fail now, not in a worker: more than 1 % unreadable would stop the run anyway.
-        probe, reasons = min(len(self), 100 + int(BAD_SHARE * len(self))), []
-        for self.first_readable in range(probe):
-            reasons.append(self.read(0, self.first_readable)[1])
-            if not reasons[-1]:
-                break
-        else:
-            raise UserError(
-                f"not one of the first {probe} pictures in {source} can be read; {self.name(0)}: {reasons[0]}"
-            )
+        probe = min(len(self), 100 + int(BAD_SHARE * len(self)))
+        readable = (index for index in range(probe) if not read_batch(self, [(0, index)]).unreadable)
+        self.first_readable = next(readable, None)
+        if self.first_readable is None:
+            reason = f"{self.name(0)}: {read_batch(self, [(0, 0)]).unreadable[0]}"
+            raise UserError(f"not one of the first {probe} pictures in {source} can be read; {reason}")
 
     def __len__(self):
         return len(self.paths)
@@ -142,40 +134,41 @@ class PictureFolder:
         """The picture's path below the folder."""
         return os.fsdecode(self.paths[index])
 
-    def read(self, epoch, index):
-        """(uint8 array (S, S, 3), "") of a picture, or (None, the reason) where it cannot be read."""
-        try:
-            if self._last[0] != index:  # encode.py takes several crops of a picture in a row
-                self._last = (index, load_rgb(self.source / self.name(index)))
-            return np.array(self.cut(self._last[1], epoch, index)), ""
-        except Exception as error:  # noqa: BLE001 (Pillow's readers raise a dozen types for damaged files)
-            return None, reason_of(error)
-
-    def cut(self, picture, epoch, index):
-        rng = np.random.default_rng([CROP, self.seed, epoch, index]) if self.train else None
-        return resize_and_crop(picture, self.size, rng)
-
     def __getitem__(self, entry):
-        (epoch, index), reasons = entry, []
-        for place in range(index, index + len(self)):
-            image, reason = self.read(epoch, place % len(self))
-            if not reason:
-                break
-            reasons.append(reason)
-        else:
-            raise UserError(f"no picture in {self.source} can be read")
-        image = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-        return image, int(self.labels[place % len(self)]), int(index), reasons[0] if reasons else ""
+        epoch, index = entry
+        if index != self._last[0]:  # encode.py takes several crops of a picture in a row
+            self._last = index, load_rgb(self.source / self.name(index))
+        picture = self._last[1]
+        if self.size:
+            rng = np.random.default_rng([CROP, self.seed, epoch, index]) if self.train else None
+            picture = resize_and_crop(picture, self.size, rng)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous(), int(self.labels[index])
 
 
-def identity(pictures):
-    """sha256 of what a data set holds: the names of its classes, names and labels of its pictures in order. Not of
-    where it lies, nor of its pixels."""
-    digest = hashlib.sha256()
-    entries = (f"{label} {pictures.name(index)}" for index, label in enumerate(pictures.labels))
-    for text in (*pictures.classes, "", *entries):
-        digest.update(text.encode(errors="surrogateescape") + b"\0")
-    return digest.hexdigest()
+def _pictures_by_class(source):
+    """{class folder in `source`, sorted: the paths, from `source` on, of its pictures at any depth}; under "." those that
+    lie in no class folder.
+
+    Hidden files and folders are left out. Links to folders are followed, after all that is there without them, and to
+    no folder that was seen before: neither a loop nor a second way adds pictures."""
+    found, seen, tops = {".": []}, set(), [source]
+    for top in tops:  # grows by the links on the way
+        for folder, inside, files in os.walk(top, onerror=_stop):
+            place, below = os.path.realpath(folder), os.path.relpath(folder, source)
+            if place in seen:
+                inside.clear()
+                continue
+            seen.add(place)
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            tops += [f"{folder}/{name}" for name in inside if os.path.islink(f"{folder}/{name}")]
+            if below == ".":
+                found |= {name: [] for name in inside}
+            found[below.split("/")[0]] += [
+                os.path.normpath(f"{below}/{name}")
+                for name in files
+                if os.path.splitext(name)[1].lower() in EXTENSIONS.split() and not name.startswith(".")
+            ]
+    return found
 
 
 def _stop(error):
@@ -184,29 +177,14 @@ def _stop(error):
     raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
 
 
-def _pictures_in(source, folders):
-    """For each of these folders in `source` the sorted paths, from `source` on, of the pictures at any depth.
-
-    Hidden files and folders are left out. Links to folders are followed, after all that is there without them, and to
-    no folder that was seen before: neither a loop nor a second way adds pictures."""
-    found, seen = [[] for _ in folders], set() if folders == ["."] else {os.path.realpath(source)}
-    todo = sorted(enumerate(folders), key=lambda entry: os.path.islink(source / entry[1]))
-    for number, top in todo:  # grows by the links on the way
-        for where, inside, files in os.walk(source / top, onerror=_stop):
-            place = os.path.realpath(where)
-            if place in seen:
-                inside.clear()
-                continue
-            seen.add(place)
-            below = os.path.relpath(where, source)
-            inside[:] = [name for name in inside if not name.startswith(".")]
-            todo += [(number, f"{below}/{name}") for name in inside if os.path.islink(f"{where}/{name}")]
-            found[number] += [
-                os.path.normpath(f"{below}/{name}")
-                for name in files
-                if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-            ]
-    return [sorted(paths) for paths in found]
+def identity(pictures):
+    """sha256 of what a data set holds, by which a run is resumed on the same pictures: the names of its classes, names
+    and labels of its pictures in order. Not of where it lies, nor of its pixels."""
+    digest = hashlib.sha256()
+    entries = (f"{label} {pictures.name(index)}" for index, label in enumerate(pictures.labels))
+    for text in (*pictures.classes, "", *entries):
+        digest.update(text.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -272,20 +250,18 @@ class BadPictures:
     """Counts a run's unreadable pictures: `add` each batch's, `check` now and then, `report` at the end."""
 
     def __init__(self, dataset):
-        self.dataset, self.count, self.seen, self.first_reason = dataset, 0, {}, ""
+        self.dataset, self.count, self.seen, self.first_reason = dataset, 0, {}, ""  # seen: index -> name
 
-    def add(self, bad):
+    def add(self, unreadable):
         """Count these, {index: reason}; name each on stderr the first time."""
-        for index, reason in bad.items():
-            self.count += 1
-            if index not in self.seen:
-                name = os.fsencode(self.dataset.name(index)).decode(errors="backslashreplace")
-                name = self.seen[index] = printable(name.replace("\n", "\\n"))
-                self.first_reason = self.first_reason or f"; the first: {reason}"
-                words = printable(f"warning: unreadable picture skipped: {name} ({reason})")
-                if (str(self.dataset.source), name) not in _named:
-                    tqdm.write(words, file=sys.stderr)
-                _named.add((str(self.dataset.source), name))
+        self.count += len(unreadable)
+        for index, reason in unreadable.items():
+            name = os.fsencode(self.dataset.name(index)).decode(errors="backslashreplace").replace("\n", "\\n")
+            self.seen[index] = name
+            self.first_reason = self.first_reason or reason
+            if (self.dataset.source, name) not in _named:
+                _named.add((self.dataset.source, name))
+                tqdm.write(printable(f"warning: unreadable picture skipped: {name} ({reason})"), file=sys.stderr)
 
     def check(self, total=None, epochs=1):
         """Raise UserError where more than 1 % of the pictures are unreadable.
@@ -294,7 +270,7 @@ class BadPictures:
         included; as a picture comes once an epoch, 1 % or fewer never stop a run."""
         total = self.count if total is None else int(total)
         if total > BAD_SHARE * len(self.dataset) * epochs:
-            examples = f" (for instance {self._names()}{self.first_reason})" if self.seen else ""
+            examples = f" (for instance {self._names()}; the first: {self.first_reason})" if self.seen else ""
             raise UserError(
                 f"more than {BAD_SHARE:.0%} of the {len(self.dataset)} pictures in {self.dataset.source} "
                 f"cannot be read{examples}; repair or remove them, then run again"
@@ -340,15 +316,36 @@ class SampleOrder:
 class Batch(NamedTuple):
     """Pictures of one batch; `unreadable` ones by their index, with the reason."""
 
-    images: torch.Tensor  # uint8 (b, 3, S, S)
+    images: torch.Tensor  # uint8 (b, 3, H, W)
     labels: torch.Tensor  # int64 (b,)
-    indices: torch.Tensor  # int64 (b,)
+    indices: torch.Tensor  # int64 (b,), as asked for
     unreadable: dict  # index -> reason
+
+
+def read_batch(pictures, entries, full=False):
+    """The `Batch`, of NumPy arrays, of a list of (epoch, index). Unreadable pictures are left out; with `full` (CUDA
+    graphs want constant shapes) others take their places, and it is shorter only where no picture can be read."""
+    samples, unreadable = [], {}
+    for epoch, index in entries:
+        # The next readable one of the data set takes the place: a function of the entry alone.
+        for place in range(index, index + (len(pictures) if full else 1)):
+            try:
+                samples.append((*pictures[epoch, place % len(pictures)], index))
+                break
+            except Exception as error:  # noqa: BLE001 (Pillow's readers raise a dozen types for damaged files)
+                unreadable.setdefault(index, reason_of(error))
+        else:
+            if full:
+                break
+    images = [image for image, _, _ in samples]
+    images = torch.stack(images) if images else torch.zeros(0, 3, *(pictures.shape or (0, 0)), dtype=torch.uint8)
+    labels, indices = (np.array([sample[i] for sample in samples], np.int64) for i in (1, 2))
+    return Batch(images.numpy(), labels, indices, unreadable)
 
 
 def training_batches(dataset, seed, global_batch, micro_batch, rank, world, first_step, total_steps, workers=0):
     """This rank's micro-batches of steps first_step (0-based) .. total_steps - 1: yields for each step a list of
-    global_batch / (micro_batch * world) batches (see `Batch`).
+    global_batch / (micro_batch * world) full batches (see `read_batch`).
 
     Micro-batch m of a step holds samples step * global_batch + m * micro_batch and on, whoever draws it; rank r has
     those from m = r * accumulation. So two ranks with one micro-batch each see exactly what one rank with two sees.
@@ -361,12 +358,8 @@ def training_batches(dataset, seed, global_batch, micro_batch, rank, world, firs
             for m in range(rank * accumulation, (rank + 1) * accumulation):
                 yield order.at(step * global_batch + m * micro_batch, micro_batch)
 
-    def steps():
-        batches = _loader(dataset, entries(), _stack, workers)
-        for _ in range(first_step, total_steps):
-            yield [next(batches) for _ in range(accumulation)]
-
-    return steps()
+    batches = _loader(dataset, entries(), micro_batch, workers)
+    return ([next(batches) for _ in range(accumulation)] for _ in range(first_step, total_steps))
 
 
 def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None, crops=1):
@@ -376,34 +369,39 @@ def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None,
     (before sharing out). crops: each picture so often in a row, with the crops of epochs 0 .. crops - 1; `batch` counts
     pictures, so b is up to batch * crops.
     """
-    share = np.array_split(np.arange(len(dataset)) if indices is None else np.asarray(indices), world)[rank]
-
-    def entries():
-        for first in range(0, len(share), batch):
-            yield [(crop, index) for index in share[first : first + batch].tolist() for crop in range(crops)]
-
-    return _loader(dataset, entries(), _stack_readable, workers)
+    share = np.array_split(np.arange(len(dataset)) if indices is None else np.asarray(indices), world)[rank].tolist()
+    entries = [(crop, index) for index in share for crop in range(crops)]
+    each = batch * crops
+    return _loader(dataset, (entries[i : i + each] for i in range(0, len(entries), each)), 0, workers)
 
 
-def _loader(dataset, entries, collate, workers):
-    """Yields the batches, their arrays as tensors. Between processes they are NumPy's, through a pipe: torch's go
-    through /dev/shm, which containers keep small, and a worker that finds it full says nothing."""
+class _Entries:
+    """A data set whose item is the entry asked for: a worker hands a whole batch's to `collate_fn`, which reads them."""
+
+    def __getitem__(self, entry):
+        return entry
+
+
+def _loader(pictures, entries, full, workers):
+    """Yields the `Batch` of each list in `entries`, of `full` pictures where that is not 0. Between processes its arrays
+    are NumPy's, through a pipe: torch's go through /dev/shm, which containers keep small, and a worker that finds it
+    full says nothing."""
     pin = torch.accelerator.is_available()
     loader = DataLoader(
-        dataset,
+        _Entries(),
         batch_sampler=entries,
-        collate_fn=collate,
+        collate_fn=functools.partial(read_batch, pictures, full=full > 0),
         num_workers=workers,  # torch gives each one thread
         pin_memory=pin,  # does not touch arrays, but has a thread take them out of the pipe
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # leaves the global one alone
     )
-    try:
-        for *arrays, bad in loader:
-            tensors = [torch.from_numpy(array) for array in arrays]
-            yield Batch(*(tensor.pin_memory() if pin else tensor for tensor in tensors), bad)
-    except UserError as error:  # a worker's comes with its traceback
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("runtime.UserError: ")) from None
+    for *arrays, unreadable in loader:
+        if len(arrays[0]) < full:
+            reason = next(iter(unreadable.values()))
+            raise UserError(f"no picture in {pictures.source} can be read any more: {reason}")
+        tensors = [torch.from_numpy(array) for array in arrays]
+        yield Batch(*(tensor.pin_memory() if pin else tensor for tensor in tensors), unreadable)
 
 
 def _begin_worker(worker):
@@ -412,20 +410,6 @@ def _begin_worker(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
-
-
-def _stack(samples):
-    images, labels, indices, _ = zip(*samples)
-    bad = {index: reason for _, _, index, reason in samples if reason}
-    return torch.stack(images).numpy(), np.array(labels), np.array(indices), bad
-
-
-def _stack_readable(samples):
-    bad = {index: reason for _, _, index, reason in samples if reason}
-    kept = [sample for sample in samples if not sample[3]]
-    images = torch.stack([sample[0] for sample in kept or samples])[: len(kept)]
-    labels, indices = (np.array([sample[i] for sample in kept], np.int64) for i in (1, 2))
-    return images.numpy(), labels, indices, bad
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -513,13 +497,10 @@ class CodeDataset:
     def batch(self, entries, seed):
         """b times (epoch, index), as from `SampleOrder` -> (code indices int64 (b, h*w), labels int64 (b,)). Where
         several crops are on file, the one taken is a function of (seed, epoch, index)."""
-        count = self.codes.shape[1]
-        crops = [
-            int(np.random.default_rng([CODE_CROP, seed, epoch, index]).integers(count)) if count > 1 else 0
-            for epoch, index in entries
-        ]
+        crops, rng = self.codes.shape[1], np.random.default_rng
+        crop = [rng([CODE_CROP, seed, *entry]).integers(crops) if crops > 1 else 0 for entry in entries]
         indices = np.array([index for _, index in entries])
-        codes = self.codes[self.rows[indices], crops].astype(np.int64)
+        codes = self.codes[self.rows[indices], crop].astype(np.int64)
         return torch.from_numpy(codes), torch.from_numpy(self.labels[indices])
 
 

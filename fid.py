@@ -241,7 +241,7 @@ class FolderPictures(PictureFolder):
     shape = None  # (H, W)
 
     def __init__(self, rt, folder):
-        super().__init__(folder, size=1, train=False, labelled=False)
+        super().__init__(folder, size=None, labelled=False)
         # All sizes before any work: headers only, dealt out over the ranks.
         for index in [self.first_readable, *range(rt.rank, len(self), rt.world)]:
             shape = None
@@ -254,9 +254,6 @@ class FolderPictures(PictureFolder):
                     f"the pictures in {folder} differ in size: {first} is {in_words(self.shape)}, "
                     f"{self.name(index)} is {in_words(shape)}; bring them to one size"
                 )
-
-    def cut(self, picture, epoch, index):
-        return picture
 
 
 class NpzPictures:
@@ -277,7 +274,7 @@ class NpzPictures:
         return f"picture {index}"
 
     def __getitem__(self, entry):
-        return torch.from_numpy(np.array(self.array[entry[1]])).permute(2, 0, 1), 0, entry[1], ""
+        return torch.from_numpy(np.array(self.array[entry[1]])).permute(2, 0, 1), 0
 
 
 def npz_array(path, name, shape=None):

@@ -49,7 +49,7 @@ class Glyphs:
         label = int(self.labels[index])
         rng = np.random.default_rng([GLYPH, self.seed, int(self.train), index])
         image = draw_glyph(self.classes[label], self.shape[0], rng)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), label, int(index), ""
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), label
 
 
 def draw_glyph(letter, size, rng):

@@ -32,6 +32,8 @@ def folder_of(tmp_path, good, bad=()):
 class Spy(torch.utils.data.Dataset):
     """A data set whose pictures say which entry was asked for."""
 
+    shape = (1, 1)
+
     def __init__(self, count):
         self.count = count
 
@@ -40,7 +42,7 @@ class Spy(torch.utils.data.Dataset):
 
     def __getitem__(self, entry):
         epoch, index = entry
-        return torch.tensor([epoch, index, 0], dtype=torch.uint8).view(3, 1, 1), index, index, ""
+        return torch.tensor([epoch, index, 0], dtype=torch.uint8).view(3, 1, 1), index
 
 
 def entries_in(batches):
@@ -62,9 +64,9 @@ def test_golden_resize_and_centre_crop(tmp_path):
         picture.save(tmp_path / "class" / f"{i}.png")
     dataset = data.open_pictures(tmp_path, 64, train=False)
     for i in range(6):
-        image, label, index, reason = dataset[3, i]
+        image, label = dataset[3, i]
         assert torch.equal(image.movedim(0, -1), golden[f"center_crop_64_{i}"])
-        assert image.is_contiguous() and (label, index, reason) == (0, i, "")
+        assert image.is_contiguous() and label == 0
 
 
 @pytest.mark.parametrize("extra, offset", [(1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (7, 4)])
@@ -336,10 +338,34 @@ def test_the_next_readable_picture_takes_an_unreadable_ones_place(tmp_path, kind
         (tmp_path / f"{i}" / "p.png").write_bytes(unreadable_kinds()[kind])
     dataset = data.open_pictures(tmp_path, 16, train=True)
     for index, place in enumerate([0, 3, 3, 3, 0]):
-        image, label, named, reason = dataset[7, index]
-        assert (image == place).all() and label == place and named == index
-        assert bool(reason) == (place != index) and "\n" not in reason
+        batch = data.read_batch(dataset, [(7, index)], full=True)
+        assert (batch.images == place).all() and batch.labels == [place] and batch.indices == [index]
+        assert list(batch.unreadable) == ([] if place == index else [index])
+        assert all(reason and "\n" not in reason for reason in batch.unreadable.values())
     assert [str(warning.message) for warning in recwarn] == []
+
+
+class Gone(Spy):
+    """A data set whose disk is no longer there."""
+
+    source = "there"
+
+    def __getitem__(self, entry):
+        raise FileNotFoundError(2, "No such file or directory")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_ends_in_one_line_where_no_picture_can_be_read_any_more(workers):
+    with pytest.raises(UserError, match="^no picture in there can be read any more: No such file or directory$"):
+        next(data.training_batches(Gone(9), 0, 4, 2, 0, 1, 0, 1, workers))
+
+
+def test_pictures_as_they_are(tmp_path):
+    save(tmp_path / "a.png", (1, 2, 3), size=(7, 5))
+    dataset = data.PictureFolder(tmp_path, size=None, labelled=False)
+    assert dataset.shape is None and torch.equal(dataset[0, 0][0][:, 4, 6], torch.tensor([1, 2, 3], dtype=torch.uint8))
+    (batch,) = data.evaluation_batches(dataset, 2)
+    assert batch.images.shape == (1, 3, 5, 7) and batch.images.is_contiguous()
 
 
 def test_more_than_one_percent_unreadable_stops(tmp_path, capsys):
@@ -446,7 +472,8 @@ def _read_without_shared_memory(queue):
 
 def _send_what_cannot_be_sent(queue):
     _no_shared_memory()
-    batches = data._loader(Spy(9), [[(0, 1)], [(0, 2)]], lambda samples: (samples[0][0], {}), 1)
+    data.read_batch = lambda *_, **__: (torch.zeros(3), {})
+    batches = data._loader(Spy(9), [[(0, 1)], [(0, 2)]], 0, 1)
     try:
         next(batches)
     except RuntimeError as error:

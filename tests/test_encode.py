@@ -279,7 +279,7 @@ def test_codes_are_the_tokenizers_and_two_processes_make_the_same_files(tokenize
     dataset = data.open_pictures(pictures, 16, train=False)
     assert 99 not in codes.rows and dataset.name(99) == "b/099.png"
     for row in (0, 57, 100):
-        image, label, _, _ = dataset[0, row]
+        image, label = dataset[0, row]
         expected = tokenizer.encode(data.to_float(image[None])).flatten()
         place = codes.rows.tolist().index(row)
         found, found_label = codes.batch([(0, place)], seed=0)

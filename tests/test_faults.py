@@ -398,7 +398,7 @@ def test_names_of_unreadable_pictures_are_printable(tmp_path, capsys):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     os.mkfifo(os.fsencode(tmp_path) + b"/b\xff\x1b[31m\nb.png")
     pictures = data.open_pictures(tmp_path, 9, train=True, labelled=False)
-    data.BadPictures(pictures).add({1: pictures[0, 1][3]})
+    data.BadPictures(pictures).add(data.read_batch(pictures, [(0, 1)]).unreadable)
     assert capsys.readouterr().err.endswith("b\\xff\\x1b[31m\\nb.png (it is no plain file)\n")
 
 
