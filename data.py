@@ -82,9 +82,9 @@ def open_pictures(source, size, train, seed=0, labelled=True):
         other pictures than with False.
     labelled: False takes any picture at any depth of a folder, with label 0 of the one class "all".
 
-    Returns a dataset with `len()`, `.classes` (names; folders sorted), `.labels` (int64 array), `.shape` (H, W),
-    `.source`, `.name(index)`, and `dataset[epoch, index]` -> (uint8 tensor (3, S, S), label), which raises whatever
-    Pillow raises for a picture that cannot be read. Raises UserError for a folder of which none can.
+    Returns a dataset with `len()`, `.source`, `.classes` (names; folders sorted), `.labels` (int64 array), `.shape`
+    (H, W), `.name(index)`, and `dataset[epoch, index]` -> (uint8 tensor (3, S, S), label), which raises whatever Pillow
+    raises for an unreadable picture. Raises UserError where none can be read.
     """
     if size < 1 or seed < 0:
         raise UserError(f"image size must be positive and the seed not negative, not {size} and {seed}")
@@ -297,20 +297,17 @@ class SampleOrder:
     Within an epoch no picture is repeated or skipped, batches straddle epochs, starting at any step is free."""
 
     def __init__(self, count, seed):
-        self.count, self.seed, self._epoch = count, seed, None
+        self.count, self.seed = count, seed
 
     def at(self, first, number):
         """Samples first .. first + number - 1 as a list of (epoch, index)."""
-        entries = []
-        while number > 0:
-            epoch, start = divmod(first, self.count)
-            if epoch != self._epoch:
-                rng = np.random.default_rng([ORDER, self.seed, epoch])
-                self._epoch, self._permutation = epoch, rng.permutation(self.count)
-            part = self._permutation[start : start + number].tolist()
-            entries += [(epoch, index) for index in part]
-            first, number = first + len(part), number - len(part)
-        return entries
+        places = [divmod(sample, self.count) for sample in range(first, first + number)]
+        return [(epoch, int(_permutation(self.count, self.seed, epoch)[place])) for epoch, place in places]
+
+
+@functools.lru_cache(2)
+def _permutation(count, seed, epoch):
+    return np.random.default_rng([ORDER, seed, epoch]).permutation(count)
 
 
 class Batch(NamedTuple):

@@ -83,8 +83,7 @@ class CodeWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from None
-        count, length = self.manifest["count"], 4 * math.prod(data.codes_shape(self.manifest))
-        free = runtime.free_gib(self.folder)
+        length, free = 4 * math.prod(data.codes_shape(self.manifest)), runtime.free_gib(self.folder)
         if length / 2**30 > free:
             raise UserError(f"the codes need {length / 2**30:.1f} GiB, and {self.folder} has {free:.1f} GiB free")
         codes, labels = self.folder / "codes.bin", self.folder / "labels.bin"
@@ -95,7 +94,7 @@ class CodeWriter:
         with open(codes, "xb") as file:  # x, a new file: nothing is written through a link
             file.truncate(length)
         with open(labels, "xb") as file:
-            np.full(count, PENDING, np.int32).tofile(file)
+            np.full(self.manifest["count"], PENDING, np.int32).tofile(file)
         runtime.write_json(self.folder / "manifest.json", self.manifest)  # last: with it, the other two are whole
 
     @property
@@ -123,8 +122,7 @@ class CodeWriter:
 
     def _put(self, name, indices, rows):
         # Plain writes: through a memory map, a full disk ends the process without a word.
-        path, flags = self.folder / name, os.O_NOFOLLOW
-        with open(path, "r+b", opener=lambda path, mode: os.open(path, mode | flags)) as file:
+        with open(self.folder / name, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
             for index, row in zip(indices, np.asarray(rows, np.int32), strict=True):
                 file.seek(int(index) * row.nbytes)
                 file.write(row.tobytes())
@@ -215,15 +213,15 @@ def main():
     began = spoke = time.perf_counter()
     done = done_by_all = seconds = speed = 0
     for _ in range(rounds):
-        batch = next(batches, None)  # None: this rank's share was smaller, and the others wait for it below
-        if batch and len(batch.labels):
-            codes = encode(rt, tokenizer, batch.images, args.batch, args.precision)
-            codes = codes.view(-1, crops, codes.shape[1])  # (b, h*w) -> (pictures, crops, h*w)
-            writer.write(batch.indices[::crops], codes, batch.labels[::crops])
-        if batch and batch.unreadable:
-            writer.write_unreadable(batch.unreadable)
+        batch = next(batches, None)
+        if batch is not None:  # else this rank's share was smaller, and the others wait for it below
+            if len(batch.labels):
+                codes = encode(rt, tokenizer, batch.images, args.batch, args.precision)
+                codes = codes.view(-1, crops, codes.shape[1])  # (b, h*w) -> (pictures, crops, h*w)
+                writer.write(batch.indices[::crops], codes, batch.labels[::crops])
+            if batch.unreadable:
+                writer.write_unreadable(batch.unreadable)
             bad.add(batch.unreadable)
-        if batch:
             done += len(batch.labels) // crops + len(batch.unreadable)
         asked, done_by_all, bad_of_all = rt.reduce([stop.asked, done, bad.count])
         bad.check(bad_of_all)
