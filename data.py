@@ -146,8 +146,8 @@ class PictureFolder:
 
 
 def _pictures_by_class(source):
-    """{class folder in `source`, sorted: the paths, from `source` on, of its pictures at any depth}; under "." those that
-    lie in no class folder.
+    """{class folder in `source`, sorted: the paths, from `source` on, of its pictures at any depth}; under "." those in
+    no class folder.
 
     Hidden files and folders are left out. Links to folders are followed, after all that is there without them, and to
     no folder that was seen before: neither a loop nor a second way adds pictures."""
@@ -360,7 +360,7 @@ def training_batches(dataset, seed, global_batch, micro_batch, rank, world, firs
 
 
 def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None, crops=1):
-    """Every picture exactly once over all ranks, a contiguous share each, the last partial batch kept: yields `Batch`es.
+    """Yields `Batch`es: every picture exactly once over all ranks, a contiguous share each, partial last batch kept.
 
     Unreadable pictures are left out and listed, so b may be less than `batch`, even 0. indices: these pictures only
     (before sharing out). crops: each picture so often in a row, with the crops of epochs 0 .. crops - 1; `batch` counts
@@ -373,16 +373,16 @@ def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None,
 
 
 class _Entries:
-    """A data set whose item is the entry asked for: a worker hands a whole batch's to `collate_fn`, which reads them."""
+    """A data set whose item is the entry asked for: a worker hands a batch of them to `collate_fn`, which reads it."""
 
     def __getitem__(self, entry):
         return entry
 
 
 def _loader(pictures, entries, full, workers):
-    """Yields the `Batch` of each list in `entries`, of `full` pictures where that is not 0. Between processes its arrays
-    are NumPy's, through a pipe: torch's go through /dev/shm, which containers keep small, and a worker that finds it
-    full says nothing."""
+    """Yields the `Batch` of each list in `entries`, of `full` pictures where that is not 0. Between processes it holds
+    NumPy's arrays, sent through a pipe: torch's go through /dev/shm, which containers keep small, and a worker that
+    finds it full says nothing."""
     pin = torch.accelerator.is_available()
     loader = DataLoader(
         _Entries(),
@@ -466,10 +466,10 @@ def read_labels(folder):
 class CodeDataset:
     """The readable pictures' codes of the complete cache in `folder`; also called `open_codes`.
 
-    `len()`, `.labels` (int64 array), `.classes` (names), `.grid` (h, w), `.manifest`, `.identity` (a hash of what decides
-    the codes); and `.codes`, the memory map int32 (count, max(1, crops), h*w), in which `.rows` are the readable
-    ones. Raises UserError where the folder is no cache, unfinished, of a newer version, or its files are not as long as
-    they should be. (Codes are not scanned.)"""
+    `len()`, `.labels` (int64 array), `.classes` (names), `.grid` (h, w), `.manifest`, `.identity` (hash of what decides
+    the codes); and `.codes`, the memory map int32 (count, max(1, crops), h*w), in which `.rows` are the readable ones.
+    Raises UserError where the folder is no cache, unfinished, of a newer version, or its files are not as long as they
+    should be. (Codes are not scanned.)"""
 
     def __init__(self, folder):
         self.manifest = read_manifest(folder)
