@@ -56,84 +56,105 @@ def halving_pool(x):
     return F.max_pool2d(x, 3, stride=2)
 
 
-class Mixed(nn.Module):
-    """Parallel branches whose outputs are concatenated: (B, C_in, h, w) -> (B, .width, h, w), or h, w halved.
+class Mixed5(nn.Module):
+    """(B, c_in, 35, 35) -> (B, 224 + pool_width, 35, 35)."""
 
-    branches: name -> list of (width, kernel) steps, or (width, kernel, 2) for a halving one; a list of two steps in
-    place of one forks the branch. The steps of `branch_pool` follow `pool`; without steps the pool's output is taken.
-    """
-
-    def __init__(self, c_in, pool, branches):
+    def __init__(self, c_in, pool_width):
         super().__init__()
-        self.pool, self.branches, self.width = pool, {}, 0
-        for branch, steps in branches.items():
-            width, self.branches[branch] = c_in, []
-            for number, step in enumerate(steps, 1):
-                forks = step if isinstance(step, list) else [step]
-                name = branch if len(steps) == 1 else f"{branch}_{number}"
-                names = [name + letter for letter in "ab"] if len(forks) == 2 else [name]
-                for name, (c_out, kernel, *stride) in zip(names, forks):
-                    self.add_module(name, ConvNorm(width, c_out, kernel, *stride or [1], same=not stride))
-                width = sum(fork[0] for fork in forks)
-                self.branches[branch].append(names)
-            self.width += width
+        self.branch1x1 = ConvNorm(c_in, 64)
+        self.branch5x5_1 = ConvNorm(c_in, 48)
+        self.branch5x5_2 = ConvNorm(48, 64, 5)
+        self.branch3x3dbl_1 = ConvNorm(c_in, 64)
+        self.branch3x3dbl_2 = ConvNorm(64, 96, 3)
+        self.branch3x3dbl_3 = ConvNorm(96, 96, 3)
+        self.branch_pool = ConvNorm(c_in, pool_width)
 
     def forward(self, x):
-        outputs = []
-        for branch, steps in self.branches.items():
-            y = self.pool(x) if branch == "branch_pool" else x
-            for names in steps:
-                y = torch.cat([getattr(self, name)(y) for name in names], 1)
-            outputs.append(y)
-        return torch.cat(outputs, 1)
+        branch5x5 = self.branch5x5_2(self.branch5x5_1(x))
+        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        branch_pool = self.branch_pool(average_pool(x))
+        return torch.cat([self.branch1x1(x), branch5x5, branch3x3dbl, branch_pool], 1)
 
 
-def mixed_5(pool_width):
-    """35x35."""
-    return {
-        "branch1x1": [(64, 1)],
-        "branch5x5": [(48, 1), (64, 5)],
-        "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
-        "branch_pool": [(pool_width, 1)],
-    }
+class Mixed6a(nn.Module):
+    """(B, 288, 35, 35) -> (B, 768, 17, 17)."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3 = ConvNorm(288, 384, 3, stride=2, same=False)
+        self.branch3x3dbl_1 = ConvNorm(288, 64)
+        self.branch3x3dbl_2 = ConvNorm(64, 96, 3)
+        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, stride=2, same=False)
+
+    def forward(self, x):
+        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch3x3(x), branch3x3dbl, halving_pool(x)], 1)
 
 
-def mixed_6(width):
-    """17x17."""
-    across, down = (1, 7), (7, 1)
-    return {
-        "branch1x1": [(192, 1)],
-        "branch7x7": [(width, 1), (width, across), (192, down)],
-        "branch7x7dbl": [(width, 1), (width, down), (width, across), (width, down), (192, across)],
-        "branch_pool": [(192, 1)],
-    }
+class Mixed6(nn.Module):
+    """(B, 768, 17, 17) -> the same; 7x7 convolutions as a pair of 1x7 and 7x1, `width` channels wide inside."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.branch1x1 = ConvNorm(768, 192)
+        self.branch7x7_1 = ConvNorm(768, width)
+        self.branch7x7_2 = ConvNorm(width, width, (1, 7))
+        self.branch7x7_3 = ConvNorm(width, 192, (7, 1))
+        self.branch7x7dbl_1 = ConvNorm(768, width)
+        self.branch7x7dbl_2 = ConvNorm(width, width, (7, 1))
+        self.branch7x7dbl_3 = ConvNorm(width, width, (1, 7))
+        self.branch7x7dbl_4 = ConvNorm(width, width, (7, 1))
+        self.branch7x7dbl_5 = ConvNorm(width, 192, (1, 7))
+        self.branch_pool = ConvNorm(768, 192)
+
+    def forward(self, x):
+        branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        branch7x7dbl = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        branch7x7dbl = self.branch7x7dbl_5(self.branch7x7dbl_4(branch7x7dbl))
+        branch_pool = self.branch_pool(average_pool(x))
+        return torch.cat([self.branch1x1(x), branch7x7, branch7x7dbl, branch_pool], 1)
 
 
-MIXED_6A = {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], "branch_pool": []}
-MIXED_7A = {
-    "branch3x3": [(192, 1), (320, 3, 2)],
-    "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
-    "branch_pool": [],
-}
-MIXED_7 = {  # 8x8
-    "branch1x1": [(320, 1)],
-    "branch3x3": [(384, 1), [(384, (1, 3)), (384, (3, 1))]],
-    "branch3x3dbl": [(448, 1), (384, 3), [(384, (1, 3)), (384, (3, 1))]],
-    "branch_pool": [(192, 1)],
-}
-MIXED = {
-    "Mixed_5b": (average_pool, mixed_5(32)),
-    "Mixed_5c": (average_pool, mixed_5(64)),
-    "Mixed_5d": (average_pool, mixed_5(64)),
-    "Mixed_6a": (halving_pool, MIXED_6A),
-    "Mixed_6b": (average_pool, mixed_6(128)),
-    "Mixed_6c": (average_pool, mixed_6(160)),
-    "Mixed_6d": (average_pool, mixed_6(160)),
-    "Mixed_6e": (average_pool, mixed_6(192)),
-    "Mixed_7a": (halving_pool, MIXED_7A),
-    "Mixed_7b": (average_pool, MIXED_7),
-    "Mixed_7c": (max_pool, MIXED_7),  # Released weights: a max pool here, unlike torchvision's.
-}
+class Mixed7a(nn.Module):
+    """(B, 768, 17, 17) -> (B, 1280, 8, 8)."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3_1 = ConvNorm(768, 192)
+        self.branch3x3_2 = ConvNorm(192, 320, 3, stride=2, same=False)
+        self.branch7x7x3_1 = ConvNorm(768, 192)
+        self.branch7x7x3_2 = ConvNorm(192, 192, (1, 7))
+        self.branch7x7x3_3 = ConvNorm(192, 192, (7, 1))
+        self.branch7x7x3_4 = ConvNorm(192, 192, 3, stride=2, same=False)
+
+    def forward(self, x):
+        branch3x3 = self.branch3x3_2(self.branch3x3_1(x))
+        branch7x7x3 = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        return torch.cat([branch3x3, self.branch7x7x3_4(branch7x7x3), halving_pool(x)], 1)
+
+
+class Mixed7(nn.Module):
+    """(B, c_in, 8, 8) -> (B, 2048, 8, 8); two branches end in a 1x3 and a 3x1 convolution side by side."""
+
+    def __init__(self, c_in, pool):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = ConvNorm(c_in, 320)
+        self.branch3x3_1 = ConvNorm(c_in, 384)
+        self.branch3x3_2a = ConvNorm(384, 384, (1, 3))
+        self.branch3x3_2b = ConvNorm(384, 384, (3, 1))
+        self.branch3x3dbl_1 = ConvNorm(c_in, 448)
+        self.branch3x3dbl_2 = ConvNorm(448, 384, 3)
+        self.branch3x3dbl_3a = ConvNorm(384, 384, (1, 3))
+        self.branch3x3dbl_3b = ConvNorm(384, 384, (3, 1))
+        self.branch_pool = ConvNorm(c_in, 192)
+
+    def forward(self, x):
+        y = self.branch3x3_1(x)
+        branch3x3 = [self.branch3x3_2a(y), self.branch3x3_2b(y)]
+        y = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        branch3x3dbl = [self.branch3x3dbl_3a(y), self.branch3x3dbl_3b(y)]
+        return torch.cat([self.branch1x1(x), *branch3x3, *branch3x3dbl, self.branch_pool(self.pool(x))], 1)
 
 
 class InceptionV3(nn.Module):
@@ -153,10 +174,17 @@ class InceptionV3(nn.Module):
         self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvNorm(64, 80)
         self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, same=False)
-        width = 192
-        for name, (pool, branches) in MIXED.items():
-            self.add_module(name, Mixed(width, pool, branches))
-            width = getattr(self, name).width
+        self.Mixed_5b = Mixed5(192, pool_width=32)
+        self.Mixed_5c = Mixed5(256, pool_width=64)
+        self.Mixed_5d = Mixed5(288, pool_width=64)
+        self.Mixed_6a = Mixed6a()
+        self.Mixed_6b = Mixed6(128)
+        self.Mixed_6c = Mixed6(160)
+        self.Mixed_6d = Mixed6(160)
+        self.Mixed_6e = Mixed6(192)
+        self.Mixed_7a = Mixed7a()
+        self.Mixed_7b = Mixed7(1280, average_pool)
+        self.Mixed_7c = Mixed7(2048, max_pool)  # Released weights: a max pool here, unlike torchvision's.
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
 
@@ -164,14 +192,13 @@ class InceptionV3(nn.Module):
     def forward(self, pictures, convention="tf1"):
         with exact_float32(pictures.device):
             x = network_input(pictures, convention)  # (B, 3, H, W) -> (B, 3, 299, 299)
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halving_pool(x)))
-            x = halving_pool(x)  # (B, 192, 35, 35)
-            for name in MIXED:
-                x = getattr(self, name)(x)
-                if name == "Mixed_6d":  # branch1x1 comes first in the block's output
-                    spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 7, 17, 17) -> (B, 17*17*7)
-            pool = x.mean((2, 3))  # (B, 2048, 8, 8) -> (B, 2048)
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halving_pool(x)))  # (B, 192, 71, 71)
+            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halving_pool(x))))  # (B, 288, 35, 35)
+            x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (B, 768, 17, 17)
+            spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # of branch1x1, which comes first: (B, 17*17*7)
+            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (B, 2048, 8, 8)
+            pool = x.mean((2, 3))  # (B, 2048)
             return pool, spatial, F.linear(pool, self.fc.weight)
 
 
