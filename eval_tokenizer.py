@@ -15,10 +15,10 @@ import torch
 
 import data
 import runtime
-from fid import Moments, exact_device, float64, frechet_distance, gather_rows, progress, psnr, ssim
+from fid import exact_device, float64, frechet_distance, gather_rows, moments, progress, psnr, report, ssim
 from inception import load_inception, weights_in_words
 from losses import load_lpips
-from runtime import UserError
+from runtime import UserError, at_least
 from tokenizer import load_tokenizer
 
 NUMBERS = ["pictures", "rFID", "PSNR", "PSNR published", "SSIM", "SSIM published", "LPIPS VGG", "LPIPS AlexNet"]
@@ -30,47 +30,25 @@ def parse(argv=None):
     arguments = runtime.parser(
         "Stage I: measure a tokenizer's reconstructions.",
         "  python eval_tokenizer.py --tokenizer 256_L --data imagenet/val --size 256\n"
-        "  torchrun --nproc_per_node=8 eval_tokenizer.py --tokenizer runs/256_L --data imagenet/val --out runs/256_L/eval",
+        "  torchrun --nproc_per_node=8 eval_tokenizer.py --tokenizer runs/L --data imagenet/val --out runs/L/eval",
     )
     add = arguments.add_argument_group("protocol").add_argument
     add("--tokenizer", required=True, help="256_L, 128_L, a released or own file, or a run's folder")
     add("--data", default="glyphs:5000", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
-    add(
-        "--size",
-        type=runtime.at_least(1),
-        default=256,
-        help="side of the centre crops, pixels; a multiple of the tokenizer's factor",
-    )
+    add("--size", type=at_least(1), default=256, help="side of the crops, pixels; a multiple of the tokenizer's factor")
     add("--raw", action="store_true", help="the training weights, not their moving average")
     add("--rounding", action="store_true", help="round to uint8 for PSNR and SSIM; published: truncate")
     add("--precision", default="fp32", help="of the tokenizer: fp32, bf16 or fp16; the metrics stay in fp32")
-    add = arguments.add_argument_group(
-        "weights of the metrics (left out: torch's hub cache, or downloaded)"
-    ).add_argument
+    add = arguments.add_argument_group("the metrics' weights (left out: torch's hub cache, or downloaded)").add_argument
     add("--inception", help="file for rFID")
     add("--lpips-vgg", help="file with LPIPS's VGG weights: a released tokenizer, or a state dict of losses.LPIPS")
     add("--lpips-alex", help="file with LPIPS's AlexNet weights: a state dict of losses.LPIPS")
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/eval", help="folder for metrics.json, config.json and reconstructions.png")
     add = arguments.add_argument_group("speed (changes no number)").add_argument
-    add("--batch", type=runtime.at_least(1), default=16, help="pictures a device at once")
-    add("--workers", type=runtime.at_least(0), default=2, help="loader processes per device")
+    add("--batch", type=at_least(1), default=16, help="pictures a device at once")
+    add("--workers", type=at_least(0), default=2, help="loader processes per device")
     return arguments.parse_args(argv)
-
-
-def if_there(rt, load, *arguments):
-    """(what `load(*arguments)` returns, None), or on all ranks (None, the reason) where one of them cannot have its
-    weights. The last argument is the file that the user gave, if any: that one must be right, and its UserError goes
-    through."""
-    found = reason = None
-    try:
-        found = load(*arguments)
-    except UserError as error:
-        if arguments[-1] is not None:
-            raise
-        reason = str(error)
-    reason = next(filter(None, rt.gather(reason)), None)
-    return (None, f"not computed ({reason})") if reason else (found, None)
 
 
 def published_original(images, rounding=False):
@@ -101,16 +79,13 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
     Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3, S, S): up
     to eight originals, then their reconstructions); None on the others.
     """
-    bad, rows, shown = data.BadPictures(pictures), [], None
-    of_originals, of_rebuilt = Moments(2048), Moments(2048)
+    bad, rows, features_x, features_y, shown = data.BadPictures(pictures), [], [], [], None
     seen = torch.zeros(2**tokenizer.config.bits, dtype=torch.uint8)
     for batch in progress(rt, pictures, args.batch, args.workers, "pictures"):
         bad.add(batch.unreadable)
-        images = batch.images
-        if len(images) == 0:
+        if len(batch.images) == 0:
             continue
-        published = published_original(images, args.rounding)
-        images = images.to(rt.device)
+        images = batch.images.to(rt.device)
         x = data.to_float(images)
         with runtime.autocast(rt.device, args.precision):
             y, indices, _ = tokenizer(x)
@@ -118,42 +93,60 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
         if not y.isfinite().all():
             raise UserError(f"{args.tokenizer} gives back values that are not finite")
         rebuilt = data.to_uint8(y, args.rounding)
-        scored = [uint8.to(exact_device()) for uint8 in (images, published, rebuilt)]
-        columns = [score(original, scored[2]) for score in (psnr, ssim) for original in scored[:2]]
+        seen[indices.flatten().cpu()] = 1
+        if shown is None:
+            shown = torch.cat([images[:8], rebuilt[:8]]).cpu()
+
+        published = published_original(batch.images, args.rounding)
+        original, published, scored = (uint8.to(exact_device()) for uint8 in (images, published, rebuilt))
+        columns = [score(of, scored) for score in (psnr, ssim) for of in (original, published)]
         with runtime.exact_float32(rt.device):
             columns += float64(*(lpips(x, y).flatten() for lpips in perceptual.values()))
         rows.append(torch.stack(columns, 1))  # (b, 4 + len(perceptual))
         if inception:
             # As floats: the published rFID never passes through uint8.
-            of_originals.add(inception((x + 1) / 2, "half-pixel")[0])
-            of_rebuilt.add(inception((y + 1) / 2, "half-pixel")[0])
-        seen[indices.flatten().cpu()] = 1
-        if shown is None:
-            shown = torch.cat([images[:8], rebuilt[:8]]).cpu()
+            features_x.append(inception((x + 1) / 2, "half-pixel")[0].cpu())
+            features_y.append(inception((y + 1) / 2, "half-pixel")[0].cpu())
 
-    bad_count = int(rt.reduce([bad.count])[0])
-    bad.check(bad_count)
+    unreadable = int(rt.reduce([bad.count])[0])
+    bad.check(unreadable)
     used = int(rt.union(seen).sum())
-    moments = (*of_originals.over_ranks(rt), *of_rebuilt.over_ranks(rt)) if inception else None
     rows = gather_rows(rt, rows, 4 + len(perceptual))
+    if inception:
+        features_x, features_y = (gather_rows(rt, features, 2048) for features in (features_x, features_y))
     if not rt.main:
         return None
-    numbers, notes = {"pictures": len(rows)}, {"pictures": f"{bad_count} unreadable ones left out"}
+    numbers, notes = {"pictures": len(rows)}, {"pictures": f"{unreadable} unreadable ones left out"}
     if inception:
-        numbers["rFID"] = frechet_distance(*moments)
+        numbers["rFID"] = frechet_distance(*moments(features_x), *moments(features_y))
         notes["rFID"] = "" if len(rows) >= 2048 else "biased upwards: fewer than 2048 pictures"
-    for name, values, of in (
-        ("PSNR", rows[:, 0], "dB, mean over pictures"),
-        ("PSNR published", published_psnr(rows[:, 1]), f"dB, mean over mini-batches of {PUBLISHED_BATCH}"),
-    ):
+    psnrs = {"PSNR": (rows[:, 0], "pictures")}
+    psnrs["PSNR published"] = (published_psnr(rows[:, 1]), f"mini-batches of {PUBLISHED_BATCH}")
+    for name, (values, what) in psnrs.items():
         numbers[name], infinite = finite_mean(values)
-        notes[name] = of + (f"; {infinite} are infinite (given back exactly), not averaged" if infinite else "")
+        notes[name] = f"dB, mean over {what}"
+        notes[name] += f"; {infinite} are infinite (given back exactly), not averaged" if infinite else ""
     for column, name in enumerate(["SSIM", "SSIM published", *perceptual], 2):
         numbers[name] = rows[:, column].mean().item()
     numbers["codebook use"] = used / len(seen)
     notes["codebook use"] = f"{used} of {len(seen)} codes occur"
     numbers["bits per pixel"] = tokenizer.config.bits / tokenizer.factor**2
     return numbers, notes, shown
+
+
+def if_there(rt, load, *arguments):
+    """(what `load(*arguments)` returns, None), or on all ranks (None, the reason) where one of them cannot have its
+    weights. The last argument is the file that the user gave, if any: that one must be right, and its UserError goes
+    through."""
+    found = reason = None
+    try:
+        found = load(*arguments)
+    except UserError as error:
+        if arguments[-1] is not None:
+            raise
+        reason = str(error)
+    reason = next(filter(None, rt.gather(reason)), None)
+    return (None, f"not computed ({reason})") if reason else (found, None)
 
 
 def main():
@@ -167,17 +160,18 @@ def main():
     absent, perceptual = {}, {}
     loaded, absent["rFID"] = if_there(rt, load_inception, args.inception)
     inception, sha256 = loaded or (None, None)
-    if inception:
-        inception.to(rt.device)
     perceptual["LPIPS VGG"], absent["LPIPS VGG"] = if_there(rt, load_lpips, "vgg", args.lpips_vgg)
     perceptual["LPIPS AlexNet"], absent["LPIPS AlexNet"] = if_there(rt, load_lpips, "alex", args.lpips_alex)
     perceptual = {name: lpips.to(rt.device) for name, lpips in perceptual.items() if lpips}
+    if inception:
+        inception.to(rt.device)
     out = runtime.open_run(rt, args.out, vars(args))
 
     measured = measure(rt, args, tokenizer, pictures, inception, perceptual)
     if not rt.main:
         return
     numbers, notes, shown = measured
+    numbers = {name: numbers.get(name, absent.get(name)) for name in NUMBERS}
     protocol = {
         "tokenizer": f"{args.tokenizer}, {'training weights' if args.raw else 'moving average where there is one'}",
         "pictures": f"{args.data}, short side resized to {args.size}, centre crop {args.size}x{args.size}",
@@ -187,12 +181,7 @@ def main():
         "LPIPS": "version 0.1, floats, reconstructions clamped",
         "device": f"{rt.device.type} x {rt.world}, tokenizer in {args.precision}, torch {torch.__version__}",
     }
-    for name in NUMBERS:
-        value = numbers.setdefault(name, absent.get(name))
-        words = f"{value:.4f}" if isinstance(value, float) else value
-        rt.say(f"{name:<15} {words}  {notes.get(name, '')}".rstrip())
-    for name, words in protocol.items():
-        rt.say(f"  {name:<13} {words}")
+    report(rt, numbers, notes, protocol)
     with runtime.replacing(out / "reconstructions.png") as file:
         data.picture_grid(shown, columns=len(shown) // 2).save(file, "PNG")
     numbers = {name: str(value) if value == math.inf else value for name, value in numbers.items()}

@@ -13,6 +13,7 @@ Letters: B batch, N pictures, D features, H W pixels.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import struct
@@ -28,17 +29,35 @@ from tqdm import tqdm
 
 import runtime
 from data import BadPictures, PictureFolder, evaluation_batches, opened
-from inception import (
-    CONVENTIONS,
-    INCEPTION_FILE,
-    InceptionV3,  # noqa: F401 (callers look for it here)
-    load_inception,
-    weights_in_words,
-)
-from runtime import UserError
+from inception import CONVENTIONS, INCEPTION_FILE, InceptionV3, load_inception, weights_in_words  # noqa: F401
+from runtime import UserError, at_least
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Numbers from features
+# The numbers
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """FID, of features' means and covariances: the squared Frechet (2-Wasserstein) distance of two Gaussians,
+    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+
+    mu: (D,); sigma: (D, D), of any rank; arrays or tensors, computed in float64. Returns a float >= 0. Raises UserError
+    for input that is not finite, or overflows.
+    """
+    mu1, sigma1, mu2, sigma2 = float64(mu1, sigma1, mu2, sigma2)
+    for array in (mu1, sigma1, mu2, sigma2):
+        if not (array.abs() < 1e100).all():
+            raise UserError("the statistics hold values that are not finite, or huge: no Frechet distance")
+
+    def factor(sigma):  # (D, D) -> (D, rank), A with A A^T = sigma
+        values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
+        positive = values > values.max() * len(values) * torch.finfo(values.dtype).eps  # the rest is rounding
+        return vectors[:, positive] * values[positive].sqrt()
+
+    # With S1 = A A^T and S2 = B B^T, the singular values of A^T B are the square roots of the eigenvalues of
+    # S1^(1/2) S2 S1^(1/2). Nothing is squared, nothing added to a diagonal: exact for covariances of few samples too.
+    root_trace = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
+    return max(distance.item(), 0.0)  # equal sets come out as rounding of either sign
 
 
 def exact_device():
@@ -48,30 +67,6 @@ def exact_device():
 
 def float64(*arrays):
     return [torch.as_tensor(array).to(exact_device(), torch.float64) for array in arrays]
-
-
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
-
-    mu: (D,) means; sigma: (D, D) covariances, of any rank; arrays or tensors, computed in float64. Returns a float >=
-    0. With S1 = A A^T and S2 = B B^T the trace of the root is the sum of the singular values of A^T B, which are the
-    square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2). Nothing is squared on the way, nothing is added to a
-    diagonal, so it holds at full precision for covariances of few samples too. Raises UserError for input that is not
-    finite, or overflows.
-    """
-    mu1, sigma1, mu2, sigma2 = float64(mu1, sigma1, mu2, sigma2)
-    for array in (mu1, sigma1, mu2, sigma2):
-        if not (array.abs() < 1e100).all():
-            raise UserError("the statistics hold values that are not finite, or huge: no Frechet distance")
-
-    def factor(sigma):  # (D, D) -> (D, rank), A with A A^T = sigma
-        values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
-        kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps  # the rest is rounding
-        return vectors[:, kept] * values[kept].sqrt()
-
-    root_trace = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
-    return max(distance.item(), 0.0)  # equal sets come out as rounding of either sign
 
 
 def inception_score(probabilities, split_size=5000):
@@ -112,12 +107,10 @@ def neighbour_radii(points, k):
     """Squared distance of each point to its k-th nearest other point, (N, D) -> (N,)."""
     if len(points) <= k:
         raise UserError(f"precision and recall need more than {k} pictures a set, not {len(points)}")
-    radii = [
-        # The point itself is among the k + 1 smallest, at distance zero.
-        distances.topk(k + 1, largest=False).values[:, -1]
-        for _, distances, _ in distance_blocks(points, points)
-    ]
-    return torch.cat(radii)
+    blocks = (distances for _, distances, _ in distance_blocks(points, points))
+    return torch.cat(
+        [block.topk(k + 1, largest=False).values[:, -1] for block in blocks]
+    )  # the point itself is nearest
 
 
 def distance_blocks(points, others, block_numbers=2**25):
@@ -131,10 +124,6 @@ def distance_blocks(points, others, block_numbers=2**25):
         rows = slice(start, start + step)
         size = norms[rows, None] + other_norms
         yield rows, torch.addmm(size, points[rows], others.T, alpha=-2), size * relative_error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Numbers from pairs of pictures
 
 
 def psnr(images, others):
@@ -151,12 +140,11 @@ def ssim(images, others):
     """
     if min(images.shape[2:]) < 7:
         raise UserError(f"SSIM needs pictures of at least 7x7, not {images.shape[2]}x{images.shape[3]}")
-    x, y = images.double() / 255, others.double() / 255
-    sample = 49 / 48
 
     def window_mean(values):
         return F.avg_pool2d(values, 7, stride=1)
 
+    x, y, sample = images.double() / 255, others.double() / 255, 49 / 48
     mean_x, mean_y = window_mean(x), window_mean(y)
     var_x = sample * (window_mean(x * x) - mean_x**2)
     var_y = sample * (window_mean(y * y) - mean_y**2)
@@ -168,46 +156,20 @@ def ssim(images, others):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sums over batches and ranks
+# From pictures to features and their moments
 
 
-class Moments:
-    """Mean and covariance of features that arrive in batches, in float64.
-
-    Batches and ranks are merged by their means and scatters (Chan, Golub, LeVeque 1979): no large sums are subtracted,
-    so the result does not depend on how the pictures were dealt out.
-    """
-
-    def __init__(self, width):
-        self.count = 0
-        self.mean = torch.zeros(width, dtype=torch.float64, device=exact_device())
-        self.scatter = torch.zeros(width, width, dtype=torch.float64, device=exact_device())
-
-    def add(self, features):
-        """Take in features (B, D), B > 0."""
-        (features,) = float64(features)
-        mean = features.mean(0)
-        if not mean.isfinite().all():
-            raise UserError("Inception's features are not finite: see to its weights")
-        centred, step = features - mean, mean - self.mean
-        total = self.count + len(features)
-        self.scatter += centred.T @ centred + torch.outer(step, step) * (self.count * len(features) / total)
-        self.mean += step * (len(features) / total)
-        self.count = total
-
-    def over_ranks(self, rt):
-        """(mean (D,), sample covariance (D, D)) of all ranks' features, on every rank, as NumPy arrays."""
-        (total,) = rt.reduce([self.count])
-        if total < 2:
-            raise UserError(f"a covariance needs at least two pictures, not {total:.0f}")
-        mean, scatter = self.mean.cpu(), self.scatter.cpu()
-        if rt.world > 1:
-            common = mean * (self.count / total)
-            dist.all_reduce(common, group=rt.control)
-            scatter += torch.outer(mean - common, mean - common) * self.count
-            dist.all_reduce(scatter, group=rt.control)
-            mean = common
-        return mean.numpy(), (scatter / (total - 1)).numpy()
+def moments(features):
+    """Mean (D,) and sample covariance (D, D) of features (N, D), in float64, as NumPy arrays."""
+    if len(features) < 2:
+        raise UserError(f"a covariance needs at least two pictures, not {len(features)}")
+    if not features.isfinite().all():
+        raise UserError("Inception's features are not finite: see to its weights")
+    mean, scatter = features.mean(0, dtype=torch.float64), 0
+    for part in features.split(10_000):
+        (centred,) = float64(part - mean)
+        scatter += centred.T @ centred
+    return mean.numpy(), (scatter / (len(features) - 1)).cpu().numpy()
 
 
 def gather_rows(rt, parts, width):
@@ -230,30 +192,88 @@ def progress(rt, dataset, batch, workers, words):
     return tqdm(batches, words, steps, disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True)
 
 
+@dataclasses.dataclass
+class Stats:
+    """Statistics of a set of pictures; None is what a file does not hold. From mu on, the names are those on file."""
+
+    path: str
+    words: str  # what they are of, for the protocol
+    count: int = None  # of the pictures behind mu and sigma
+    mu: np.ndarray = None  # (2048,) mean of the pool features, for FID
+    sigma: np.ndarray = None  # (2048, 2048) their covariance
+    mu_s: np.ndarray = None  # (2023,) mean of the spatial features, for sFID
+    sigma_s: np.ndarray = None  # (2023, 2023) their covariance
+    pool: np.ndarray = None  # (N, 2048) float32, the pool features, for IS, precision, recall
+    size: tuple = None  # (H, W) of the pictures
+    convention: str = None
+    inception: str = None  # SHA-256 of the weights
+
+
+def measure(rt, pictures, stored, model, args):
+    """`Stats` of pictures, by all ranks, on the main process (None elsewhere). Moments that are `stored` beside them (a
+    `Stats`, or None) are taken as they are. model: an InceptionV3."""
+    bad, rows = BadPictures(pictures), []
+    workers = args.workers if isinstance(pictures, FolderPictures) else 0  # an .npz needs no decoding
+    for batch in progress(rt, pictures, args.batch, workers, str(pictures.source)):
+        bad.add(batch.unreadable)
+        if len(batch.images):
+            pool, spatial, _ = model(batch.images.to(rt.device), args.convention)
+            rows.append(torch.cat([pool, spatial], 1).cpu())
+    unreadable = int(rt.reduce([bad.count])[0])
+    bad.check(unreadable)
+    rows = gather_rows(rt, rows, 2048 + 2023)
+    if not rt.main:
+        return None
+    pool, spatial = rows.split([2048, 2023], 1)
+    words = f"{len(rows)} pictures {in_words(pictures.shape)}"
+    words += f", {unreadable} unreadable ones left out" if unreadable else ""
+    if stored:
+        words = f"{stored.words}, {words} for precision, recall and IS"
+        return dataclasses.replace(stored, words=words, pool=pool.numpy(), size=pictures.shape)
+    arrays = (*moments(pool), *moments(spatial), pool.numpy())
+    return Stats(pictures.source, words, len(rows), *arrays, pictures.shape, args.convention)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Sets of pictures
+# Sets of pictures and statistics on disk
+
+
+class PictureSet:
+    """What a path holds: `pictures` to measure, `stored` statistics, or both (ADM's reference file); else None. Opening
+    reads no picture yet, and raises UserError where the path is none of these."""
+
+    def __init__(self, rt, path):
+        self.pictures = self.stored = None
+        if os.path.isdir(path):
+            self.pictures = FolderPictures(rt, path)
+            return
+        with runtime.reading(path, "an .npz of pictures or statistics"):
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "arr_0" in names:
+                self.pictures = NpzPictures(path)
+            if "mu" in names:
+                self.stored = load_stats(path, names)
+            elif self.pictures is None:
+                raise UserError(f"{path} has neither pictures (arr_0) nor moments (mu, sigma), but {names[:9]}")
 
 
 class FolderPictures(PictureFolder):
-    """The pictures below a folder as they are, all of one size: `pictures[epoch, index]`, as `data.open_pictures` has
-    it."""
-
-    shape = None  # (H, W)
+    """The pictures below a folder as they are, all of one `shape` (H, W): `pictures[epoch, index]`, as
+    `data.open_pictures` has it."""
 
     def __init__(self, rt, folder):
         super().__init__(folder, size=None, labelled=False)
-        # All sizes before any work: headers only, dealt out over the ranks.
-        for index in [self.first_readable, *range(rt.rank, len(self), rt.world)]:
-            shape = None
+        found = {}  # shape -> a picture's name; from all headers, before any work
+        for index in range(rt.rank, len(self), rt.world):
+            # An unreadable one is counted when its turn comes.
             with contextlib.suppress(Exception), opened(self.source / self.name(index)) as picture:
-                shape = picture.size[::-1]  # of an unreadable one: None; it is counted when its turn comes
-            if self.shape is None:
-                self.shape, first = shape, self.name(index)
-            if shape not in (None, self.shape):
-                raise UserError(
-                    f"the pictures in {folder} differ in size: {first} is {in_words(self.shape)}, "
-                    f"{self.name(index)} is {in_words(shape)}; bring them to one size"
-                )
+                found.setdefault(picture.size[::-1], self.name(index))
+        found = {shape: name for names in rt.gather(found) for shape, name in names.items()}
+        if len(found) > 1:
+            first, second = sorted(f"{name} is {in_words(shape)}" for shape, name in found.items())[:2]
+            raise UserError(f"the pictures in {folder} differ in size: {first}, {second}; bring them to one size")
+        (self.shape,) = found
 
 
 class NpzPictures:
@@ -261,35 +281,76 @@ class NpzPictures:
 
     def __init__(self, path):
         self.source, self.array = path, npz_array(path, "arr_0")
-        if self.array.dtype != np.uint8:
-            raise UserError(f"arr_0 of {path} is {self.array.dtype}; pictures must be uint8, 0..255")
-        if self.array.ndim != 4 or self.array.shape[3] != 3 or 0 in self.array.shape:
-            raise UserError(f"arr_0 of {path} has shape {self.array.shape}, not (N, height, width, 3)")
-        self.shape = self.array.shape[1:3]
+        shape, kind = self.array.shape, self.array.dtype
+        if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            raise UserError(f"arr_0 of {path} is {kind} of shape {shape}; pictures are uint8, (N, height, width, 3)")
+        self.shape = shape[1:3]
 
     def __len__(self):
         return len(self.array)
-
-    def name(self, index):
-        return f"picture {index}"
 
     def __getitem__(self, entry):
         return torch.from_numpy(np.array(self.array[entry[1]])).permute(2, 0, 1), 0
 
 
+def in_words(shape):
+    return f"{shape[1]}x{shape[0]}"  # width x height
+
+
+# Arrays of statistics files, and their shapes
+STORED = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+STORED |= {"pool": (None, 2048), "size": (2,), "convention": (), "inception": ()}
+
+
+def save_stats(path, stats, convention, sha256):
+    """Write an .npz that stands in for the set: moments under ADM's names, and the pool features, 8 KiB a picture."""
+    arrays = {name: getattr(stats, name) for name in ("mu", "sigma", "mu_s", "sigma_s", "pool", "size")}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    with runtime.replacing(path) as file:
+        np.savez(file, **arrays, convention=convention, inception=sha256)
+
+
+def load_stats(path, names):
+    """`Stats` of an .npz with arrays of these names, of this project, of ADM's evaluator or of pytorch-fid."""
+    stats = Stats(path, "stored moments")
+    for name, shape in STORED.items():
+        belongs_to = {"sigma": "mu", "sigma_s": "mu_s", "size": "pool"}.get(name)
+        if name not in names and belongs_to not in names:
+            continue
+        array = npz_array(path, name, shape)
+        if shape:
+            array = array.astype(np.float32 if name == "pool" else np.float64)
+            if not np.isfinite(array).all():
+                raise UserError(f"{path}: {name} holds values that are not finite")
+        setattr(stats, name, array if shape else str(array) or None)
+    if stats.pool is not None:
+        stats.size, stats.count = tuple(map(int, stats.size)), len(stats.pool)
+        stats.words += f", stored features of {stats.count} pictures {in_words(stats.size)}"
+    if "convention" not in names and stats.mu_s is not None:
+        stats.convention = "tf1"  # spatial moments are ADM's; files of others do not tell
+    return stats
+
+
+def check(stored, convention, sha256):
+    """Raise UserError where stored statistics are not of this convention and these Inception weights."""
+    made = f"{stored.path} holds statistics made with"
+    if stored.convention not in (None, convention):
+        raise UserError(f"{made} --convention {stored.convention}, not {convention}; give that, or the pictures")
+    if stored.inception not in (None, sha256):
+        raise UserError(f"{made} other Inception weights; make them anew")
+
+
 def npz_array(path, name, shape=None):
-    """An array of an .npz: a memory map where it is stored plainly (np.savez), so that ten gigabytes of pictures need
-    no memory; else (np.savez_compressed) in memory. Nothing is unpacked of one that is not of `shape` (None in it:
-    any), or that is longer than its header and deflate allow."""
+    """An array of an .npz, of `shape` where that is given (None in it: any length; (): a text). A memory map where it
+    is stored plainly (np.savez) and no shape is asked for, so that ten gigabytes of pictures need no memory; else in
+    memory. Nothing is unpacked of one of another shape, or of one longer than its header and deflate allow."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as plain:
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as file:
-            old = np.lib.format.read_magic(file) == (1, 0)
-            header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-            found, fortran_order, dtype = header(file)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            found, fortran_order, dtype = read_header[np.lib.format.read_magic(file)](file)
             start = file.tell()
-        pairs = zip(shape or (), found)
-        if shape is not None and (len(found) != len(shape) or any(s not in (None, n) for s, n in pairs)):
+        if shape is not None and (len(found) != len(shape) or any(s not in (None, n) for s, n in zip(shape, found))):
             raise UserError(f"{path} holds no moments of Inception: {name} of shape {shape} is missing")
         if dtype.kind not in ("U" if shape == () else "biuf") or dtype.itemsize > 1000:
             raise UserError(f"{name} of {path} is {dtype}, not {'a text' if shape == () else 'numbers'}")
@@ -304,164 +365,63 @@ def npz_array(path, name, shape=None):
             return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def in_words(shape):
-    return f"{shape[1]}x{shape[0]}"  # width x height
-
-
-# Arrays of statistics files, and their shapes
-STORED = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
-STORED |= {"pool": (None, 2048), "size": (2,), "convention": (), "inception": ()}
-
-
-class PictureSet:
-    """What a path holds: a folder of pictures, or an .npz of pictures, of statistics, or of both.
-
-    `pictures` to measure, or None. Statistics, each None until known: `pool` and `spatial`, (mean, covariance);
-    `features` (N, 2048), on the main process; `count` of the pictures behind the moments; their `shape` (H, W); the
-    `convention` and the SHA-256 of the `inception` weights behind them. `words`: what they are, for the protocol.
-    Opening reads no picture yet, and raises UserError where the path is none of these.
-    """
-
-    def __init__(self, rt, path):
-        self.path, self.words, self.warnings, self.pictures = path, [], [], None
-        self.pool = self.spatial = self.features = None
-        self.count = self.shape = self.convention = self.inception = None
-        if os.path.isdir(path):
-            self.pictures = FolderPictures(rt, path)
-            return
-        with runtime.reading(path, "an .npz of pictures or statistics"):
-            with zipfile.ZipFile(path) as archive:
-                names = [name.removesuffix(".npy") for name in archive.namelist()]
-            if "arr_0" in names:
-                self.pictures = NpzPictures(path)
-            if "mu" in names:
-                wanted = [name for name in STORED if name in names or name.replace("sigma", "mu") in names]
-                self._take({name: npz_array(path, name, STORED[name]) for name in wanted})
-            elif self.pictures is None:
-                raise UserError(f"{path} has neither pictures (arr_0) nor moments (mu, sigma), but {names[:9]}")
-
-    def _take(self, stored):
-        """Statistics of this project, of ADM's reference files, or of pytorch-fid."""
-        for name, array in stored.items():
-            if array.dtype.kind != "U":
-                stored[name] = array = array.astype(np.float32 if name == "pool" else np.float64)
-                if not np.isfinite(array).all():
-                    raise UserError(f"{self.path}: {name} holds values that are not finite")
-        self.pool = stored["mu"], stored["sigma"]
-        if "mu_s" in stored:
-            self.spatial = stored["mu_s"], stored["sigma_s"]
-        # Files of others do not name the convention. Spatial moments are ADM's; no others tell.
-        self.convention = str(stored.get("convention", "tf1" if self.spatial else "")) or None
-        self.inception = str(stored.get("inception", "")) or None
-        self.words.append("stored moments")
-        if "pool" in stored:
-            self.features = torch.from_numpy(stored["pool"])
-            self.shape, self.count = tuple(map(int, stored["size"])), len(self.features)
-            self.words.append(f"stored features of {self.count} pictures {in_words(self.shape)}")
-
-    def check(self, convention, sha256):
-        """Raise UserError where the stored statistics are not of this convention and these Inception weights; warn
-        where they do not say."""
-        if self.pool and self.convention is None:
-            self.warnings.append(
-                f"{self.path} does not say the convention of its statistics; {convention} was taken for it"
-            )
-        if self.convention not in (None, convention):
-            raise UserError(
-                f"{self.path} holds statistics made with --convention {self.convention}, not {convention}; "
-                f"give that, or the pictures"
-            )
-        if self.inception not in (None, sha256):
-            raise UserError(f"{self.path} holds statistics made with other Inception weights; make them anew")
-
-    def measure(self, rt, model, convention, batch, workers):
-        """Fill in what is not stored, from the pictures, all ranks working."""
-        if self.pictures is None:
-            return
-        bad, features, of_pool, of_space = BadPictures(self.pictures), [], Moments(2048), Moments(2023)
-        workers = workers if isinstance(self.pictures, FolderPictures) else 0  # an .npz needs no decoding
-        for part in progress(rt, self.pictures, batch, workers, str(self.path)):
-            bad.add(part.unreadable)
-            if len(part.images):
-                pool, spatial, _ = model(part.images.to(rt.device), convention)
-                features.append(pool.cpu())
-                if self.pool is None:
-                    of_pool.add(pool)
-                    of_space.add(spatial)
-        left_out = int(rt.reduce([bad.count])[0])
-        bad.check(left_out)
-        self.features, self.shape = gather_rows(rt, features, 2048), tuple(self.pictures.shape)
-        count = len(self.pictures) - left_out
-        self.words.append(f"{count} pictures {in_words(self.shape)}")
-        if left_out:
-            self.words.append(f"{left_out} unreadable ones left out")
-        if self.pool is None:
-            self.pool, self.spatial, self.count = of_pool.over_ranks(rt), of_space.over_ranks(rt), count
-        else:
-            self.words[-1] += " for precision, recall and IS"
-
-    def save(self, path, convention, sha256):
-        """Write an .npz that stands in for the set: moments under ADM's names, and the pool features (8 KiB a picture),
-        which precision, recall and IS need."""
-        arrays = {"mu": self.pool[0], "sigma": self.pool[1], "mu_s": self.spatial[0], "sigma_s": self.spatial[1]}
-        arrays |= {"pool": self.features.numpy(), "size": np.array(self.shape)}
-        with runtime.replacing(path) as file:
-            np.savez(file, **arrays, convention=convention, inception=sha256)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
 def compare(reference, samples, classifier):
-    """All numbers of two measured `PictureSet`s: {name: value, or a sentence why there is none}, and warnings.
-    classifier: Inception's last weight matrix (1008, 2048)."""
-    numbers, warnings = {"FID": frechet_distance(*reference.pool, *samples.pool)}, []
-    warnings += reference.warnings + samples.warnings
-    moments_only = "not computed ({} moments only)"
-    if reference.spatial and samples.spatial:
-        numbers["sFID"] = frechet_distance(*reference.spatial, *samples.spatial)
-    else:
-        numbers["sFID"] = "not computed (a file without spatial moments)"
-    if samples.features is None:
-        numbers["IS"] = moments_only.format("the samples are")
-    else:
-        features, weight = float64(samples.features, classifier)
-        probabilities = (features @ weight.T).softmax(1)  # (N, 2048) -> (N, 1008)
-        numbers["IS"], numbers["IS deviation"] = inception_score(probabilities)
-        numbers["IS splits"] = math.ceil(len(features) / 5000)
-        if len(features) > 5000 and len(features) % 5000:
-            warnings.append(
-                f"the last split of IS has {len(features) % 5000} pictures, not 5000, which makes IS too small: "
-                f"take a multiple of 5000"
-            )
-        del features, probabilities
-    if samples.features is None or reference.features is None:
-        numbers["precision"] = numbers["recall"] = moments_only.format("one set is")
-    else:
-        numbers["precision"], numbers["recall"] = precision_recall(reference.features, samples.features)
-    for name, pictures in (("reference has", reference), ("samples are", samples)):
-        if pictures.count is not None and pictures.count < 2048:
-            warnings.append(
-                f"the {name} {pictures.count} pictures: below 2048 FID and sFID are biased upwards, so compare them "
-                f"only with numbers from the same counts"
-            )
-    if None not in (reference.shape, samples.shape) and reference.shape != samples.shape:
-        warnings.append("the reference and the samples differ in picture size")
+    """({name: number, or a sentence why there is none}, warnings) of two `Stats`. classifier: Inception's last weight
+    matrix (1008, 2048)."""
+    numbers, warnings = {}, []
+    numbers["FID"] = frechet_distance(reference.mu, reference.sigma, samples.mu, samples.sigma)
+    numbers["sFID"] = "not computed (a file without spatial moments)"
+    if reference.mu_s is not None and samples.mu_s is not None:
+        numbers["sFID"] = frechet_distance(reference.mu_s, reference.sigma_s, samples.mu_s, samples.sigma_s)
+    numbers["IS"] = "not computed (the samples are moments only)"
+    if samples.pool is not None:
+        features, weight = float64(samples.pool, classifier)
+        # Without the layer's bias, as ADM's evaluator has it: (N, 2048) -> (N, 1008).
+        numbers["IS"], numbers["IS deviation"] = inception_score((features @ weight.T).softmax(1))
+        numbers["IS splits"], rest = math.ceil(len(features) / 5000), len(features) % 5000
+        if rest and len(features) > 5000:
+            short = f"the last split of IS has {rest} pictures, not 5000, which makes IS too small"
+            warnings.append(f"{short}: take a multiple of 5000")
+    numbers["precision"] = numbers["recall"] = "not computed (one set is moments only)"
+    if reference.pool is not None and samples.pool is not None:
+        numbers["precision"], numbers["recall"] = precision_recall(reference.pool, samples.pool)
     for name, value in numbers.items():
         if not isinstance(value, str) and not math.isfinite(value):
             raise UserError(f"{name} is {value}: the features or Inception's weights hold huge values")
+
+    for stats in (reference, samples):
+        if stats.convention is None:
+            warnings.append(f"{stats.path} does not say its convention; that of the protocol was taken for it")
+        if stats.count is not None and stats.count < 2048:
+            biased = "FID and sFID are biased upwards, so compare them only with numbers from the same counts"
+            warnings.append(f"{stats.path} has {stats.count} pictures: below 2048 {biased}")
+    if None not in (reference.size, samples.size) and reference.size != samples.size:
+        warnings.append("the reference and the samples differ in picture size")
     return numbers, warnings
 
 
-def check_writable(*paths):
+def report(rt, numbers, notes, protocol, warnings=()):
+    """Print {name: number, or a sentence}, each with its note, then {name: words} of the protocol, then warnings."""
+    for name, value in numbers.items():
+        words = f"{value:.4f}" if isinstance(value, float) else value
+        rt.say(f"{name:<15} {words}  {notes.get(name, '')}".rstrip())
+    for name, words in protocol.items():
+        rt.say(f"  {name:<13} {words}")
+    for words in warnings:
+        rt.say(f"warning: {words}")
+
+
+def check_writable(path):
     """Raise UserError now, not after an hour, where a file could not be written."""
-    for path in filter(None, paths):
-        folder = Path(path).absolute().parent
-        if Path(path).exists() and not Path(path).is_file():
-            raise UserError(f"cannot write {path}: it is a folder or a device")
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise UserError(f"cannot write {path}: its folder does not exist or is read-only")
+    folder = Path(path).absolute().parent
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"cannot write {path}: it is a folder or a device")
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"cannot write {path}: its folder does not exist or is read-only")
 
 
 def parse(argv=None):
@@ -470,22 +430,18 @@ def parse(argv=None):
         "  python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz\n"
         "  torchrun --nproc_per_node=8 fid.py imagenet/val samples --convention half-pixel --json fid.json",
     )
+    seen = "how Inception sees a picture: tf1 as ADM's evaluator and torch-fidelity, half-pixel as pytorch-fid"
     arguments.add_argument("reference", help="folder, .npz of pictures, ADM reference file, or saved statistics")
     arguments.add_argument("samples", nargs="?", help="the same; left out: --save-stats only")
     add = arguments.add_argument_group("protocol").add_argument
-    add(
-        "--convention",
-        default="tf1",
-        choices=CONVENTIONS,
-        help="how Inception sees a picture: tf1 as ADM's evaluator and torch-fidelity, half-pixel as pytorch-fid",
-    )
+    add("--convention", default="tf1", choices=CONVENTIONS, help=seen)
     add("--inception", help=f"weights file, {INCEPTION_FILE} (default: torch's hub cache, or downloaded)")
     add = arguments.add_argument_group("output").add_argument
     add("--save-stats", help="write the reference's statistics to this .npz, for use in its place")
     add("--json", help="write numbers, protocol and warnings to this file")
     add = arguments.add_argument_group("speed (changes no number)").add_argument
-    add("--batch", type=runtime.at_least(1), default=64, help="pictures a device at once")
-    add("--workers", type=runtime.at_least(0), default=2, help="loader processes per device")
+    add("--batch", type=at_least(1), default=64, help="pictures a device at once")
+    add("--workers", type=at_least(0), default=2, help="loader processes per device")
     args = arguments.parse_args(argv)
     if not (args.samples or args.save_stats):
         arguments.error("give the samples too, or --save-stats")
@@ -495,42 +451,30 @@ def parse(argv=None):
 def main():
     args = parse()
     rt = runtime.start()
-    check_writable(args.json, args.save_stats)
+    for path in filter(None, (args.json, args.save_stats)):
+        check_writable(path)
 
     # Open everything before any work, the reference first: a wrong path fails at once.
-    reference = PictureSet(rt, args.reference)
-    sets = [reference, PictureSet(rt, args.samples)] if args.samples else [reference]
-    if args.save_stats and reference.pictures is None:
+    sets = [PictureSet(rt, path) for path in (args.reference, args.samples) if path]
+    if args.save_stats and sets[0].pictures is None:
         raise UserError(f"{args.reference} holds no pictures, only statistics: nothing to save for --save-stats")
     model, sha256 = load_inception(args.inception)
-    for pictures in sets:
-        pictures.check(args.convention, sha256)
+    for stored in (each.stored for each in sets if each.stored):
+        check(stored, args.convention, sha256)
 
     model.to(rt.device)
-    for pictures in sets:
-        pictures.measure(rt, model, args.convention, args.batch, args.workers)
+    stats = [measure(rt, each.pictures, each.stored, model, args) if each.pictures else each.stored for each in sets]
     if not rt.main:
         return
     if args.save_stats:
-        reference.save(args.save_stats, args.convention, sha256)
-    numbers, warnings = compare(*sets, model.fc.weight) if args.samples else ({}, [])
-
+        save_stats(args.save_stats, stats[0], args.convention, sha256)
+    numbers, warnings = compare(*stats, model.fc.weight) if args.samples else ({}, [])
     note = {"tf1": "as ADM's evaluator", "half-pixel": "FID as pytorch-fid; nobody publishes the others so"}
-    protocol = {
-        name: f"{pictures.path}: {', '.join(pictures.words)}" for name, pictures in zip(("reference", "samples"), sets)
-    }
+    protocol = {name: f"{each.path}: {each.words}" for name, each in zip(("reference", "samples"), stats)}
     protocol["convention"] = f"{args.convention} ({note[args.convention]})"
     protocol["inception"] = weights_in_words(sha256)
     protocol["device"] = f"{rt.device.type} x {rt.world}, torch {torch.__version__}"
-    for name in ("FID", "sFID", "IS", "precision", "recall") if numbers else ():
-        words = numbers[name] if isinstance(numbers[name], str) else f"{numbers[name]:.4f}"
-        if name == "IS" and "IS deviation" in numbers:
-            words += f" +- {numbers['IS deviation']:.4f} over {numbers['IS splits']} split(s) of 5000"
-        rt.say(f"{name:<12} {words}")
-    for name, words in protocol.items():
-        rt.say(f"  {name:<10} {words}")
-    for words in warnings:
-        rt.say(f"warning: {words}")
+    report(rt, numbers, {"IS splits": "of 5000 pictures"}, protocol, warnings)
     if args.json:
         runtime.write_json(args.json, numbers | {"protocol": protocol, "warnings": warnings})
 
