@@ -241,10 +241,15 @@ def set_precision(rt, precision):
     return precision
 
 
+def seed_of(*numbers):
+    """A seed of 63 bits, a function of any non-negative integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def seed_everything(*numbers):
     """Seed torch's generators (all devices) from any non-negative integers, for instance (seed, step, micro-batch).
     This is why no random state is ever saved: every draw of training is a function of its place in the run."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    torch.manual_seed(seed_of(*numbers))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ classes asked for and is a function of --seed and i, whatever the number of proc
 makes what is missing. Settings are saved with the pictures: FOLDER/config.json, OUT.json. Sampling follows Open-MAGVIT2
 (arXiv 2409.04410): classifier-free guidance with a scale for each sub-token."""
 
-import collections
 import json
 import os
 import re
@@ -30,7 +29,7 @@ import runtime
 from ar_model import AR_SIZES, RELEASED_AR, check_sampling, load_ar
 from checkpoint import changed_settings, hash_of, locate
 from data import picture_grid, to_uint8
-from runtime import UserError
+from runtime import UserError, at_least
 from tokenizer import RELEASED_TOKENIZERS, load_tokenizer
 
 # Pairs (pre, post): the paper's settings of evaluation, by size; `show` trades variety for clear pictures.
@@ -41,7 +40,6 @@ PRESETS = {
     "XL": {**_PLAIN, "cfg_scale": (1.75, 1.85), "temperature": (1.1, 1.0)},
     "show": {**_PLAIN, "cfg_scale": (4.0, 4.0), "top_p": (0.96, 0.96)},
 }
-GRID_CLASSES, GRID_COLUMNS = 10, 8  # of a grid whose classes and number are left open
 BATCH = 200  # on an accelerator; a picture takes half the time that it takes among 50 there (B)
 
 
@@ -51,38 +49,27 @@ def parse(argv=None):
         "  python sample.py --model runs/ar --classes A,B,C --cfg 4 4 --out samples.png\n"
         "  torchrun --nproc_per_node=8 sample.py --model XL --per-class 50 --out samples.npz",
     )
+    presets = "paper: the published settings of this size (own sizes: B's); show: cfg 4 4, top-p .96 .96; "
+    presets += "default: show for a grid, otherwise paper; the flags below override it"
+    classes = "`all`, or comma-separated names or numbers (a name comes first); default: all, a grid: 10, spread evenly"
+    pair = {"nargs": 2, "metavar": ("PRE", "POST")}
     add = arguments.add_argument_group("what").add_argument
     add("--model", required=True, help="transformer: a file, a run folder, or B, L, XL (downloaded)")
     add("--tokenizer", help="a file, a run folder, 128_L or 256_L; default: the one in the model's file")
     add("--out", required=True, help="X.png: a grid, a class a row; X.npz: uint8 (N, H, W, 3); or a folder")
-    add("--classes", help="`all`, or comma-separated names or numbers (a name comes first); default: all, of "
-        f"which a grid shows {GRID_CLASSES}, evenly spaced")  # fmt: skip
-    number = arguments.add_argument_group("how many").add_mutually_exclusive_group().add_argument
-    number(
-        "--per-class",
-        type=runtime.at_least(1),
-        help=f"pictures a class; default: {GRID_COLUMNS} in a grid, otherwise 50",
-    )
-    number("--count", type=runtime.at_least(1), help="pictures in all")
+    add("--classes", help=classes)
+    add = arguments.add_argument_group("how many").add_mutually_exclusive_group().add_argument
+    add("--per-class", type=at_least(1), help="pictures a class; default: 8 in a grid, otherwise 50")
+    add("--count", type=at_least(1), help="pictures in all")
     add = arguments.add_argument_group("sampling (pairs: for the pre and the post sub-token)").add_argument
-    pair = {"nargs": 2, "metavar": ("PRE", "POST")}
-    add("--preset", choices=["paper", "show"],
-        help="paper: the published settings of this size (own sizes: B's); show: cfg 4 4, top-p .96 .96; "
-        "default: show for a grid, otherwise paper; the flags below override it")  # fmt: skip
-    add(
-        "--cfg",
-        "--cfg-scale",
-        dest="cfg_scale",
-        type=float,
-        **pair,
-        help="scale of classifier-free guidance; 1 is none",
-    )
+    add("--preset", choices=["paper", "show"], help=presets)
+    add("--cfg", "--cfg-scale", dest="cfg_scale", type=float, **pair, help="scale of classifier-free guidance; 1: none")
     add("--temperature", type=float, **pair, help="divides the logits, above 0")
     add("--top-k", type=int, **pair, help="draw from the k likeliest only; 0 is off")
     add("--top-p", type=float, **pair, help="draw from the likeliest that together pass p; 1 is off")
-    add("--seed", type=runtime.at_least(0), default=0, help="another number gives other pictures")
+    add("--seed", type=at_least(0), default=0, help="another number gives other pictures")
     add = arguments.add_argument_group("how").add_argument
-    add("--batch", type=runtime.at_least(1), help=f"pictures at a time on a device; default: {BATCH}, on a CPU 50")
+    add("--batch", type=at_least(1), help=f"pictures at a time on a device; default: {BATCH}, on a CPU 50")
     add("--precision", help="bf16, fp16 or fp32; default: bf16 on an accelerator, fp32 on a CPU")
     add("--rounding", action="store_true", help="round to grey levels; published numbers truncate")
     return arguments.parse_args(argv)
@@ -93,87 +80,81 @@ def main():
     out, kind = output(args.out)
     rt = runtime.start()
     precision = runtime.set_precision(rt, args.precision)
-
     model, tokenizer, files = load_models(rt, args)
+    names = model.class_names or list(map(str, range(model.config.num_classes)))
 
-    # Settings.
-    args.batch = args.batch or (50 if rt.device.type == "cpu" else BATCH)
-    classes = choose_classes(args.classes, model.class_names, model.config.num_classes, kind)
-    count = args.count or (args.per_class or (GRID_COLUMNS if kind == "grid" else 50)) * len(classes)
-    preset = args.preset or ("show" if kind == "grid" else "paper")
+    # What the flags leave open follows from the kind of output.
+    grid, side = kind == "grid", model.config.grid * tokenizer.factor
+    preset = args.preset or ("show" if grid else "paper")
     defaults = PRESETS["show" if preset == "show" else paper_size(model.config.width)]
     options = {name: getattr(args, name) or pair for name, pair in defaults.items()}
     check_sampling(**options)
-    side = model.config.grid * tokenizer.factor
-    all_classes = classes == list(range(model.config.num_classes))
-    settings = {
-        **files,
-        "classes": f"all {len(classes)}" if all_classes else ",".join(map(str, classes)),
-        "count": count,
-        "size": f"{side}x{side}",
-        **{name: list(values) for name, values in options.items()},
-        "seed": args.seed,
-        "batch": args.batch,
-        "precision": precision,
-        "rounding": args.rounding,
-    }
-    work = out if kind == "folder" else Path(f"{out}.parts")  # where each batch goes as soon as it is made
+    classes = choose_classes(args.classes, model.class_names, len(names))
+    if args.classes is None and grid:
+        classes = spread_classes(len(names))
+    count = args.count or (args.per_class or (8 if grid else 50)) * len(classes)
+    batch_size = args.batch or (50 if rt.device.type == "cpu" else BATCH)
+    chosen = f"all {len(names)}" if classes == list(range(len(names))) else ",".join(map(str, classes))
+    settings = {**files, "classes": chosen, "count": count, "size": f"{side}x{side}"}
+    settings |= {name: list(pair) for name, pair in options.items()}
+    settings |= {"seed": args.seed, "batch": batch_size, "precision": precision, "rounding": args.rounding}
+    work = out if kind == "folder" else Path(f"{out}.parts")  # each batch goes there as soon as it is made
     if rt.main:
         refuse_others(work, settings)
     runtime.open_run(rt, work, settings)
 
     # Batches, shared out over ranks. They are the same whatever the number of ranks, so that rounding is too.
-    names = model.class_names or list(map(str, range(model.config.num_classes)))
+    batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    labels = [classes[i % len(classes)] for i in range(count)]
 
-    def files(batch):
+    def files_of(batch):
         if kind != "folder":
             return [work / f"{batch[0]:06d}-{batch[-1]:06d}.npy"]
-        plain = [re.sub(r"[^\w.-]", "_", names[classes[i % len(classes)]])[:50] for i in batch]
+        plain = [re.sub(r"[^\w.-]", "_", names[labels[i]])[:50] for i in batch]
         return [work / f"{i:06d}_{name}.png" for i, name in zip(batch, plain, strict=True)]
 
-    batches = [range(first, min(first + args.batch, count)) for first in range(0, count, args.batch)]
-    mine = batches[rt.rank :: rt.world]
-    todo = [batch for batch in mine if not all(file.exists() for file in files(batch))]
+    todo = [batch for batch in batches[rt.rank :: rt.world] if not all(file.exists() for file in files_of(batch))]
     rt.barrier()
     started = time.perf_counter()
-    # Nobody waits for the other: while the device makes a batch, a thread writes the one before. The device's queue
-    # holds two, so that it goes on at once; everything here is put there without waiting for it.
-    queued = collections.deque()
+    # While the device makes a batch, a thread writes the one before; nothing here waits for the device but that thread.
+    writing = None
     with ThreadPoolExecutor(1) as writer:
         for batch in tqdm(todo, unit="batch", disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True):
-            labels = torch.tensor([classes[i % len(classes)] for i in batch])
-            seeds = [image_seed(args.seed, i) for i in batch]
-            with torch.no_grad(), runtime.autocast(rt.device, precision):
-                indices = model.generate(labels, **options, seeds=seeds)
-                indices = indices.unflatten(1, (model.config.grid, -1))  # (B, N) -> (B, h, w)
-                images = tokenizer.decode(indices)
-            images = to_uint8(images, args.rounding).movedim(1, -1)  # (B, 3, H, W) -> (B, H, W, 3)
-            queued.append(writer.submit(store, files(batch), *fetch(images)))
-            if len(queued) == 2:
-                queued.popleft().result()
-        for last in queued:
-            last.result()
+            seeds = [runtime.seed_of(args.seed, i) for i in batch]
+            with runtime.autocast(rt.device, precision):
+                images = draw(model, tokenizer, [labels[i] for i in batch], options, seeds)
+            fetched = fetch(to_uint8(images, args.rounding))
+            if writing:
+                writing.result()
+            writing = writer.submit(store, files_of(batch), *fetched)
+        if writing:
+            writing.result()
     (made,) = rt.reduce([sum(map(len, todo))])
     seconds = time.perf_counter() - started
 
-    # One file out of the batches.
-    if rt.main and kind != "folder":
-        parts = [file for batch in batches for file in files(batch)]
-        if missing := [file for file in parts if not file.exists()]:
-            raise UserError(
-                f"{missing[0]} is not visible on this host; put --out on a file system that all hosts share"
-            )
-        if kind == "grid":
+    if rt.main and kind != "folder":  # one file out of the batches
+        parts = [file for batch in batches for file in files_of(batch)]
+        for part in parts:
+            if not part.exists():
+                raise UserError(f"{part} is not visible on this host; put --out where all hosts share a file system")
+        if grid:
             write_grid(out, parts, count, rows=len(classes))
         else:
             write_npz(out, parts, count)
         runtime.write_json(f"{out}.json", settings)
         shutil.rmtree(work)
-    if kind == "grid":
+    if grid:
         rt.say("rows: " + ", ".join(names[label] for label in classes))
     again = f" ({count - made:.0f} were there already)" if made < count else ""
     rt.say(f"made {made:.0f} pictures in {seconds:.1f} s ({made / seconds:.2f} images/s){again}: {out}")
     rt.barrier()
+
+
+@torch.no_grad()
+def draw(model, tokenizer, labels, options, seeds):
+    """Pictures (B, 3, H, W) in about [-1, 1] of B labels, each drawn from its own seed."""
+    indices = model.generate(torch.tensor(labels), **options, seeds=seeds)
+    return tokenizer.decode(indices.unflatten(1, (model.config.grid, -1)))  # (B, N) -> (B, h, w) -> pictures
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,19 +162,19 @@ def main():
 
 
 def load_models(rt, args):
-    """(transformer, tokenizer, the settings that tell where they are from and, by hashes, what they are)."""
+    """(transformer, tokenizer, settings: their paths, and hashes of what they hold)."""
     path = tokenizer_path = rt.share(locate(args.model, RELEASED_AR))
     model, tokenizer = load_ar(path)
     carried = hash_of(tokenizer.state_dict()) if tokenizer else None
     if args.tokenizer:
         tokenizer_path = rt.share(locate(args.tokenizer, RELEASED_TOKENIZERS))
         tokenizer = load_tokenizer(tokenizer_path)
-    right = "name the one it was trained with: --tokenizer PATH_OR_NAME"
+    advice = "name the one it was trained with: --tokenizer PATH_OR_NAME"
     if tokenizer is None:
-        raise UserError(f"{path} carries no tokenizer; {right}")
-    bits, of_model = tokenizer.config.bits, sum(model.config.factorized_bits)
-    if bits != of_model:
-        raise UserError(f"tokens of {tokenizer_path} have {bits} bits, those of {path} {of_model}; {right}")
+        raise UserError(f"{path} carries no tokenizer; {advice}")
+    bits, model_bits = tokenizer.config.bits, sum(model.config.factorized_bits)
+    if bits != model_bits:
+        raise UserError(f"tokens of {tokenizer_path} have {bits} bits, those of {path} {model_bits}; {advice}")
     files = {"model": str(path), "tokenizer": str(tokenizer_path)}
     files |= {"model_hash": hash_of(model.state_dict()), "tokenizer_hash": hash_of(tokenizer.state_dict())}
     if carried and files["tokenizer_hash"] != carried:
@@ -214,37 +195,34 @@ def output(text):
     return out, kind
 
 
-def choose_classes(text, names, number, kind):
+def choose_classes(text, names, number):
     """Labels meant by --classes: `all`, or class names or numbers, comma-separated, in that order."""
-    if text is None and kind == "grid":
-        return sorted({round(i) for i in np.linspace(0, number - 1, GRID_CLASSES)})
     if text in (None, "all"):
         return list(range(number))
-    labels = []
+    labels, names = [], names or []
     for item in (item.strip() for item in text.split(",")):
-        if names and item in names:
+        if item in names:
             labels.append(names.index(item))
-        elif item.isdecimal() and len(item) < 10 and int(item) < number:
-            labels.append(int(item))
-            if names and any(name.isdecimal() for name in names):
-                named = f"no class is called {item}: number {item} is taken, the class {names[labels[-1]]}"
-                warnings.warn(f"--classes: {named}", stacklevel=2)
-        else:
-            known = f"the numbers 0 to {number - 1}"
-            if names:
-                known += ", " + ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+            continue
+        if not (item.isdecimal() and len(item) < 10 and int(item) < number):
+            known = ", ".join([f"the numbers 0 to {number - 1}", *names[:40]])
+            known += f" and {len(names) - 40} more" if len(names) > 40 else ""
             raise UserError(f"--classes: unknown class '{item}'; known are all, {known}")
+        labels.append(int(item))
+        if any(name.isdecimal() for name in names):
+            taken = f"number {item} is taken, the class {names[labels[-1]]}"
+            warnings.warn(f"--classes: no class is called {item}: {taken}", stacklevel=2)
     return labels
+
+
+def spread_classes(number):
+    """Ten labels, evenly spaced, or all where there are fewer."""
+    return sorted({round(i) for i in np.linspace(0, number - 1, 10)})
 
 
 def paper_size(width):
     """Name of the paper's size of that width; for own sizes B, the smallest."""
     return next((name for name in RELEASED_AR if AR_SIZES[name].width == width), "B")
-
-
-def image_seed(seed, number):
-    """Seed of picture `number` of a run: 63 bits, a function of both."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,7 +246,8 @@ def refuse_others(work, settings):
 
 
 def fetch(images):
-    """Begin to copy a tensor from its device: (NumPy array, function that waits until it is filled)."""
+    """Begin to copy images (B, 3, H, W) from their device: (array (B, H, W, 3), function that waits until it is in)."""
+    images = images.movedim(1, -1)
     if images.device.type == "cpu":
         return images.numpy(), lambda: None
     copied = torch.get_device_module(images.device).Event()  # torch.Event: not with every torch_npu
@@ -299,22 +278,20 @@ def write_grid(out, parts, count, rows):
     columns = -(-count // rows)
     sheet = np.full((columns * rows, *pictures.shape[1:]), 230, np.uint8)
     sheet[:count] = pictures
-    sheet = sheet.reshape(columns, rows, *pictures.shape[1:]).swapaxes(0, 1)  # picture i: row i % rows
-    sheet = torch.from_numpy(sheet.reshape(-1, *pictures.shape[1:])).movedim(-1, 1)  # NHWC -> NCHW
+    sheet = torch.from_numpy(sheet).unflatten(0, (columns, rows)).transpose(0, 1)  # picture i: row i % rows
     with runtime.replacing(out) as file:
-        picture_grid(sheet, columns).save(file, "PNG")
+        picture_grid(sheet.flatten(0, 1).movedim(-1, 1), columns).save(file, "PNG")
 
 
 def write_npz(out, parts, count):
     """What np.savez(out, arr_0) writes, but with no more than one batch in memory."""
-    header = {"descr": "|u1", "fortran_order": False}
-    header["shape"] = (count, *np.load(parts[0], mmap_mode="r").shape[1:])
+    shape = (count, *np.load(parts[0], mmap_mode="r").shape[1:])
     with (
         runtime.replacing(out) as file,
         zipfile.ZipFile(file, "w") as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as array,
     ):
-        np.lib.format.write_array_header_1_0(array, header)
+        np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for part in parts:
             array.write(np.load(part).tobytes())
 

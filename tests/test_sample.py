@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from scripts import fails_with_one_line, run
 
+import runtime
 import sample
 from ar_model import ARConfig, ARTransformer
 from runtime import UserError
@@ -79,7 +80,7 @@ def expected(models, labels, batch, options, seed=0, first=0):
     pictures = []
     for start in range(0, len(labels), batch):
         part = torch.tensor(labels[start : start + batch])
-        seeds = [sample.image_seed(seed, start + i) for i in range(len(part))]
+        seeds = [runtime.seed_of(seed, start + i) for i in range(len(part))]
         images = tokenizer.decode(model.generate(part, **options, seeds=seeds).view(-1, 4, 4))
         pictures.append((255 * (images.clamp(-1, 1) + 1) / 2).floor().byte().movedim(1, -1).numpy())
     return np.concatenate(pictures)
@@ -242,11 +243,11 @@ def test_a_tokenizer_of_ones_own(files, tmp_path, monkeypatch):
 
 def test_numbers_beside_names_that_are_numbers_are_named():
     names = ["01", "02", "03"]
-    assert sample.choose_classes("02", names, 3, "grid") == [1]
+    assert sample.choose_classes("02", names, 3) == [1]
     with pytest.warns(UserWarning, match="no class is called 2: number 2 is taken, the class 03"):
-        assert sample.choose_classes("2", names, 3, "grid") == [2]
+        assert sample.choose_classes("2", names, 3) == [2]
     with pytest.raises(UserError, match="unknown class '1111"):
-        sample.choose_classes("1" * 5000, names, 3, "grid")
+        sample.choose_classes("1" * 5000, names, 3)
 
 
 def test_presets(files, tmp_path, monkeypatch):
@@ -271,17 +272,17 @@ def test_presets(files, tmp_path, monkeypatch):
 
 
 def test_numbers_of_pictures_and_classes(monkeypatch):
-    assert sample.choose_classes(None, None, 1000, "npz") == list(range(1000))
-    assert sample.choose_classes("all", None, 1000, "grid") == list(range(1000))
-    spread = sample.choose_classes(None, None, 1000, "grid")
+    assert sample.choose_classes(None, None, 1000) == list(range(1000))
+    assert sample.choose_classes("all", None, 1000) == list(range(1000))
+    spread = sample.spread_classes(1000)
     assert len(spread) == 10 and spread[0] == 0 and spread[-1] == 999
-    assert sample.choose_classes(None, None, 3, "grid") == [0, 1, 2]
-    assert sample.choose_classes("7, 3,7", None, 10, "folder") == [7, 3, 7]
+    assert sample.spread_classes(3) == [0, 1, 2]
+    assert sample.choose_classes("7, 3,7", None, 10) == [7, 3, 7]
     with pytest.raises(UserError, match="unknown class '10'; known are all, the numbers 0 to 9$"):
-        sample.choose_classes("10", None, 10, "folder")
+        sample.choose_classes("10", None, 10)
     with pytest.raises(UserError, match="0 to 4, A, B, cat, 0, odd/name$"):
-        sample.choose_classes("A,dog", NAMES, 5, "folder")
-    seeds = [sample.image_seed(seed, i) for seed in (0, 1) for i in range(1000)]
+        sample.choose_classes("A,dog", NAMES, 5)
+    seeds = [runtime.seed_of(seed, i) for seed in (0, 1) for i in range(1000)]
     assert len(set(seeds)) == 2000 and 0 <= min(seeds) and max(seeds) < 2**63
 
 
