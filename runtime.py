@@ -203,7 +203,7 @@ def autocast(device, precision):
 
 
 def rounding_switches(device):
-    """(object, attribute) that allow float32 products and convolutions to round what they take: TF32 of a GPU, HF32 of
+    """(object, attribute) that let float32 products and convolutions round their factors: to TF32 on a GPU, to HF32 on
     an NPU. For convolutions both are on by default."""
     if device.type == "npu":
         return [(torch.npu.conv, "allow_hf32"), (torch.npu.matmul, "allow_hf32")]
@@ -212,32 +212,32 @@ def rounding_switches(device):
 
 @contextlib.contextmanager
 def exact_float32(device):
-    """float32 that means it: neither autocast nor rounded products, which would move the quantizer's gradient and
-    Inception's features by percents."""
-    switches = rounding_switches(device)
-    before = [getattr(*switch) for switch in switches]
-    for switch in switches:
+    """float32 that means it, also in a notebook, where torch's defaults hold: neither autocast nor rounded factors,
+    which would move Inception's features by percents."""
+    before = [(*switch, getattr(*switch)) for switch in rounding_switches(device)]
+    for switch in rounding_switches(device):
         setattr(*switch, False)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for switch, allowed in zip(switches, before, strict=True):
-            setattr(*switch, allowed)
+        for switch in before:
+            setattr(*switch)
 
 
 def set_precision(rt, precision):
-    """The precision to use: `precision`, or bf16 on an accelerator and fp32 on a CPU where it is None. "fp32" means it,
-    in products and convolutions too."""
+    """The precision to use: `precision`, or bf16 on an accelerator and fp32 on a CPU where it is None.
+
+    Whichever it is, float32 means float32 in this process from now on. That costs bf16 and fp16 nothing: autocast
+    computes their products in half precision, and those few that it leaves in float32 are not to be rounded."""
     precision = precision or ("fp32" if rt.device.type == "cpu" else "bf16")
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}'; choose one of {', '.join(PRECISIONS)}")
     if precision == "fp16" and rt.device.type == "cpu":
         raise UserError("fp16 needs an accelerator; on a CPU use --precision fp32 or bf16")
     for switch in rounding_switches(rt.device):
-        setattr(*switch, precision != "fp32")
-    if precision == "fp32":
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # "available but not enabled": as asked
+        setattr(*switch, False)
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # "available but not enabled": as meant
     return precision
 
 

@@ -4,6 +4,7 @@ import os
 import re
 
 import pytest
+import torch
 from scripts import ROOT, fails_with_one_line, run
 
 import encode
@@ -57,6 +58,17 @@ def test_variables_that_no_launcher_sets_are_named(variables, monkeypatch):
     with pytest.raises(runtime.UserError, match="launch with torchrun") as error:
         runtime.start()
     assert all(name in str(error.value) for name in variables)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", None])
+def test_float32_means_float32_in_every_run(precision):
+    cpu = torch.device("cpu")
+    switches = runtime.rounding_switches(cpu)
+    with runtime.exact_float32(cpu):  # which leaves the switches as they were
+        for switch in switches:
+            setattr(*switch, True)
+        assert runtime.set_precision(runtime.Runtime(cpu), precision) == (precision or "fp32")
+        assert not any(getattr(*switch) for switch in switches)
 
 
 def test_absent_unreadable_and_damaged_files_are_told_apart(tmp_path):
