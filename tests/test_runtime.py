@@ -106,8 +106,8 @@ def test_nothing_is_written_through_a_link(tmp_path):
     (tmp_path / "other").write_bytes(b"mine")
     (tmp_path / "x").symlink_to("other")
     (tmp_path / "x.tmp").symlink_to("other")
-    runtime.write_text(tmp_path / "x", "text")
-    assert (tmp_path / "other").read_bytes() == b"mine" and (tmp_path / "x").read_text() == "text"
+    runtime.write_json(tmp_path / "x", "text")
+    assert (tmp_path / "other").read_bytes() == b"mine" and (tmp_path / "x").read_text() == '"text"\n'
     assert sorted(os.listdir(tmp_path)) == ["other", "x"] and not (tmp_path / "x").is_symlink()
 
 
@@ -145,5 +145,5 @@ runtime.run_script(main)
 def test_spent_memory_ends_in_one_line(tmp_path, then):
     """Also where it makes something else fail on the way out, as it does while a CUDA graph is recorded."""
     (tmp_path / "train_it.py").write_text(SPENT.format(root=str(ROOT), then=then))
-    line = "train_it.py: out of memory on the device, give a smaller --micro-batch: CUDA out of memory."
+    line = "train_it.py: out of memory; give a smaller --batch or --micro-batch: CUDA out of memory."
     assert fails_with_one_line(tmp_path / "train_it.py") == f"{line} Tried to allocate 2 GiB"
