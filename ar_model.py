@@ -93,8 +93,7 @@ def rotary_table(grid, head_width, device=None):
     """cos and sin of the 2D rotary embedding, (2, grid^2 + 1, D/2) float32.
 
     Grid place t stands at position t + 1. The first D/4 rotation pairs turn by row * frequency, the others by column *
-    frequency, frequencies 1 / 10000^(2j / (D/2)), j = 0..D/4-1.
-    """
+    frequency, frequencies 1 / 10000^(2j / (D/2)), j = 0..D/4-1."""
     half = head_width // 2
     frequencies = 1 / 10000 ** (torch.arange(0, half, 2, device=device) / half)  # (D/4,)
     angles = torch.arange(grid, device=device)[:, None] * frequencies  # (grid, D/4)
@@ -271,7 +270,6 @@ class ARTransformer(nn.Module):
         config, device = self.config, self.norm.weight.device
         tokens = config.grid**2 if max_tokens is None else max_tokens
         seeds = list(range(len(class_labels)) if seeds is None else seeds)
-        check_sampling(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         if not len(seeds) == len(class_labels) > 0:
             raise UserError(f"{len(class_labels)} images need as many seeds, not {len(seeds)}, and at least one")
         if not 1 <= tokens <= config.grid**2:
@@ -279,14 +277,15 @@ class ARTransformer(nn.Module):
         lowest, highest = class_labels.aminmax()
         if lowest < 0 or highest > config.num_classes:
             raise UserError(f"class labels must be 0 to {config.num_classes} (no class), not {lowest} to {highest}")
-        guide = any(scale != 1 for scale in cfg_scale)
-        scales = cfg_scale if guide else (None, None)
-        options = [SubTokenOptions(*part) for part in zip(scales, temperature, top_k, top_p, strict=True)]
+        options = [SubTokenOptions(*part) for part in zip(cfg_scale, temperature, top_k, top_p, strict=True)]
+        if len(options) != 2 or not all(abs(s) <= 1e3 >= t >= 1e-3 and k >= 0 and 0 < p <= 1 for s, t, k, p in options):
+            ranges = "cfg_scale up to 1000, temperature 0.001 to 1000, top_k from 0, top_p above 0 and at most 1"
+            raise UserError(f"options are pairs (pre, post): {ranges}")
         # Draws are made in float64, which accelerators but CUDA's lack.
         dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
         uniforms = to_device(image_uniforms(seeds, config.grid**2).to(dtype), device)
         labels = class_labels.to(device, non_blocking=True)
-        if guide:  # both branches run as one batch: the images' classes, then as many null classes
+        if any(scale != 1 for scale in cfg_scale):  # one batch: the images' classes, then as many null classes
             labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
         was_training = self.training
         self.eval()
@@ -312,16 +311,16 @@ def cross_entropies(logits, sub_indices):
 
 
 class SubTokenOptions(NamedTuple):
-    """How a sub-token is drawn. scale: of guidance; None where no null branch runs."""
+    """How a sub-token is drawn. scale: of guidance, where a null branch runs."""
 
-    scale: float | None
+    scale: float
     temperature: float
     top_k: int
     top_p: float
 
-    def adjust(self, logits):
-        """Guidance, temperature, top-k, top-p: logits (rows, V) -> (B, V)."""
-        if self.scale is not None:
+    def adjust(self, logits, images):
+        """Guidance, temperature, top-k, top-p: logits (rows, V) -> (images, V)."""
+        if len(logits) > images:
             cond, null = logits.chunk(2)
             logits = null + self.scale * (cond - null)
         return filter_logits(logits / self.temperature, self.top_k, self.top_p)
@@ -334,12 +333,9 @@ def draw_tokens(model, labels, uniforms, options, tokens):
     labels (rows,), uniforms (B, grid^2, 2), options: the two sub-tokens' `SubTokenOptions`. Returns the sub-tokens (B,
     tokens, 2) int64, and the two logits (rows, V) of the last token."""
     rotary, config, drawn = model.rotary(), model.config, []
-    dtype = model.norm.weight.dtype
-    if torch.is_autocast_enabled(labels.device.type):
-        dtype = torch.get_autocast_dtype(labels.device.type)
-    shape = (config.spatial_layers, 2, len(labels), config.heads, tokens, config.head_width)
-    caches = torch.empty(shape, dtype=dtype, device=labels.device)  # of keys and values
     x = model.class_emb["embedding_table"](labels)[:, None]  # (rows, 1, d)
+    shape = (config.spatial_layers, 2, len(labels), config.heads, tokens, config.head_width)
+    caches = model.spatial_blocks[0].attention.wqkv(x).new_empty(shape)  # keys and values, in the type that computes
     for t in range(tokens):
         for block, cache in zip(model.spatial_blocks, caches, strict=True):
             x = block(x, rotary[:, t : t + 1], cache, t)
@@ -349,25 +345,13 @@ def draw_tokens(model, labels, uniforms, options, tokens):
             for block in model.factorized_blocks:
                 y = block(y)
             logits.append(model.head[part](model.norm(y[:, -1])).float())  # (rows, V)
-            sub_tokens.append(draw(options[part].adjust(logits[part]), uniforms[:, t, part]))  # (B,)
+            sub_tokens.append(draw(options[part].adjust(logits[part], len(uniforms)), uniforms[:, t, part]))  # (B,)
             # Both branches of guidance go on from the token drawn.
             embedded = embedding(sub_tokens[part]).repeat(len(x) // len(uniforms), 1)  # (B, d) -> (rows, d)
             elements = torch.cat([elements, embedded[:, None]], dim=1)
         x = elements[:, 1:].sum(1, keepdim=True)  # the next position's input is the sum of the two embeddings
         drawn.append(torch.stack(sub_tokens, dim=-1))
     return torch.stack(drawn, dim=1), logits
-
-
-# Smallest and largest of each option; beyond 1000, logits overflow.
-LIMITS = {"cfg_scale": (-1000, 1000), "temperature": (1e-3, 1000), "top_k": (0, 2**30), "top_p": (1e-30, 1)}
-
-
-def check_sampling(**options):
-    """Raises UserError where an option of `generate` is no pair (pre, post) or out of range."""
-    for name, pair in options.items():
-        lowest, highest = LIMITS[name]
-        if len(pair) != 2 or not all(lowest <= value <= highest for value in pair):
-            raise UserError(f"{name} must be a pair (pre, post) of numbers from {lowest} to {highest}, not {pair}")
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -412,13 +396,12 @@ def image_uniforms(seeds, tokens):
 
 
 def load_ar(path_or_name, config=None):
-    """(ARTransformer, Tokenizer or None), both in eval mode and on the CPU.
+    """(ARTransformer, Tokenizer or None), both in eval mode and on the CPU. The tokenizer is the one in the file.
 
     path_or_name: a released name ("B", "L", "XL"), a released transformer file, this project's own file or run folder,
-    or a bare state dict of any of these. B, L and XL are known by their width, own files carry their configuration; a
-    bare state dict of another width needs `config`. The tokenizer is the one in the file, which the model was trained
-    with. `class_names` of the model: an own file's list, otherwise None. Raises UserError naming the file, the entries
-    at fault and the size expected; nothing is loaded in part."""
+    or a bare state dict of any of these. B, L and XL are known by their width, own files carry their configuration and
+    the classes' names (`class_names`, else None); a bare state dict of another width needs `config`. Raises UserError
+    naming the file, the entries at fault and the size expected; nothing is loaded in part."""
     path = locate(path_or_name, RELEASED_AR)
     with reading(path, "a transformer file"):
         content, class_names, tokenizer = read_weights(path), None, None

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import runtime
-from ar_model import AR_SIZES, RELEASED_AR, check_sampling, load_ar
+from ar_model import AR_SIZES, RELEASED_AR, load_ar
 from checkpoint import changed_settings, hash_of, locate
 from data import picture_grid, to_uint8
 from runtime import UserError, at_least
@@ -63,10 +63,13 @@ def parse(argv=None):
     add("--count", type=at_least(1), help="pictures in all")
     add = arguments.add_argument_group("sampling (pairs: for the pre and the post sub-token)").add_argument
     add("--preset", choices=["paper", "show"], help=presets)
-    add("--cfg", "--cfg-scale", dest="cfg_scale", type=float, **pair, help="scale of classifier-free guidance; 1: none")
-    add("--temperature", type=float, **pair, help="divides the logits, above 0")
-    add("--top-k", type=int, **pair, help="draw from the k likeliest only; 0 is off")
-    add("--top-p", type=float, **pair, help="draw from the likeliest that together pass p; 1 is off")
+    scale = at_least(-1000, float, 1000)  # beyond, logits overflow
+    add("--cfg", "--cfg-scale", dest="cfg_scale", type=scale, **pair, help="scale of classifier-free guidance; 1: none")
+    add("--temperature", type=at_least(1e-3, float, 1000), **pair, help="divides the logits")
+    add("--top-k", type=at_least(0), **pair, help="draw from the k likeliest only; 0 is off")
+    add(
+        "--top-p", type=at_least(1e-30, float, 1), **pair, help="draw from the likeliest that together pass p; 1 is off"
+    )
     add("--seed", type=at_least(0), default=0, help="another number gives other pictures")
     add = arguments.add_argument_group("how").add_argument
     add("--batch", type=at_least(1), help=f"pictures at a time on a device; default: {BATCH}, on a CPU 50")
@@ -88,7 +91,6 @@ def main():
     preset = args.preset or ("show" if grid else "paper")
     defaults = PRESETS["show" if preset == "show" else paper_size(model.config.width)]
     options = {name: getattr(args, name) or pair for name, pair in defaults.items()}
-    check_sampling(**options)
     classes = choose_classes(args.classes, model.class_names, len(names))
     if args.classes is None and grid:
         classes = spread_classes(len(names))

@@ -43,15 +43,14 @@ def path(name):
 
 
 def compiles(device, flag, steps):
-    """Whether a training run of so many steps compiles and captures graphs: as --compile or --no-compile say; where
-    neither is given, on a GPU with Triton, for 500 steps or more."""
-    worth = AVAILABLE and device.type == "cuda" and steps >= 500
-    return ON and (worth if flag is None else flag)
+    """Whether a training run compiles and captures graphs: as --compile or --no-compile say (`flag`), if neither does
+    on a GPU, for 500 steps or more."""
+    return ON and (AVAILABLE and device.type == "cuda" and steps >= 500 if flag is None else flag)
 
 
 def compile(*modules):
     """Compile modules, each for itself, in place; state-dict entries keep their names."""
-    import torch._functorch.config  # which nothing else may have imported
+    import torch._functorch.config
 
     # Its keys leave out kernels of the backward pass: it would go on using the old ones after they were edited.
     torch._functorch.config.enable_autograd_cache = False

@@ -1,11 +1,9 @@
 """Causal attention with rotation on a GPU: what Inductor cannot make of stage II's training.
 
 Queries and keys are turned once, then softmax(q k^T) v goes block by block with sums in float32, and the backward pass
-turns the gradients back. Written for causal attention alone, packed queries, keys and values go through memory once. As
-`triton_op`s the kernels are seen through by torch.compile, whose code starts them faster than Python.
+turns the gradients back. As `triton_op`s the kernels are seen through by torch.compile.
 
-Letters: rows the sequences, N tokens, d width, H heads, D head width.
-"""
+Letters: rows the sequences, N tokens, d width, H heads, D head width."""
 
 import torch
 import triton
@@ -28,9 +26,7 @@ def causal(qkv, rotary, heads):
 
 
 @triton.jit
-def _turn(
-    qkv, rotary, turned, tokens, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _turn(qkv, rotary, turned, tokens, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Turn the adjacent pairs of a token's queries and keys, a program a token.
 
     qkv (rows, N, 3, H, D) -> turned (rows, N, 2, H, D), with rotary (2, N, D/2)."""
@@ -60,7 +56,7 @@ def _store_turned_back(x, stride, value, rotary, tokens, place, mask, BLOCK: tl.
 @triton.jit
 def _attend(
     turned, qkv, mixed, logsum, tokens, SCALE: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: softmax(q k^T scale) v over the keys up to each query; and, base 2, the softmax's
     log-sum for the backward pass.
@@ -81,12 +77,12 @@ def _attend(
         mask = (other < tokens)[:, None]
         key = tl.load(turned + H * D + other[:, None] * (2 * H * D) + d[None, :], mask, 0.0)
         value = tl.load(qkv + other[:, None] * (3 * H * D) + d[None, :], mask, 0.0)
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (SCALE * 1.4426950408889634)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * (SCALE * 1.4426950408889634)
         score = tl.where(other[None, :] <= place[:, None], score, -float("inf"))
         before, highest = highest, tl.maximum(highest, tl.max(score, 1))
         weight, shrink = tl.exp2(score - highest[:, None]), tl.exp2(before - highest)
         total = total * shrink + tl.sum(weight, 1)
-        result = tl.dot(weight.to(value.dtype), value, result * shrink[:, None], input_precision=PRECISION)
+        result = tl.dot(weight.to(value.dtype), value, result * shrink[:, None], input_precision="ieee")
     mixed += (row * tokens + place)[:, None] * (H * D) + head * D + d[None, :]
     tl.store(mixed, (result / total[:, None]).to(mixed.dtype.element_ty), (place < tokens)[:, None])
     tl.store(logsum + (row * H + head) * tokens + place, highest + tl.log2(total), place < tokens)
@@ -106,7 +102,7 @@ def _sum_products(mixed, dmixed, sums, tokens, H: tl.constexpr, D: tl.constexpr,
 @triton.jit
 def _attend_backward(
     turned, qkv, rotary, dmixed, logsum, sums, dqkv, tokens, SCALE: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of a head's tokens: of its keys and values, from the queries from here on; then of its
     queries, from the keys up to here. So all programs have equally many pairs of blocks to go through."""
@@ -133,13 +129,13 @@ def _attend_backward(
         of_mixed = tl.load(dmixed + other[:, None] * (H * D) + d[None, :], there[:, None], 0.0)
         level = tl.load(logsum + other, there, 0.0)
         subtracted = tl.load(sums + other, there, 0.0)
-        score = tl.dot(key, tl.trans(query), input_precision=PRECISION) * BASE  # (keys, queries)
+        score = tl.dot(key, tl.trans(query), input_precision="ieee") * BASE  # (keys, queries)
         seen = (here[:, None] <= other[None, :]) & there[None, :]
         weight = tl.where(seen, tl.exp2(score - level[None, :]), 0.0)
-        of_value = tl.dot(weight.to(of_mixed.dtype), of_mixed, of_value, input_precision=PRECISION)
-        of_weight = tl.dot(value, tl.trans(of_mixed), input_precision=PRECISION)
+        of_value = tl.dot(weight.to(of_mixed.dtype), of_mixed, of_value, input_precision="ieee")
+        of_weight = tl.dot(value, tl.trans(of_mixed), input_precision="ieee")
         of_score = (weight * (of_weight - subtracted[None, :])).to(query.dtype)
-        of_key = tl.dot(of_score, query, of_key, input_precision=PRECISION)
+        of_key = tl.dot(of_score, query, of_key, input_precision="ieee")
     _store_turned_back(dqkv + H * D, 3 * H * D, of_key * SCALE, rotary, tokens, here, mask, BLOCK, D)
     at = here[:, None] * (3 * H * D) + d[None, :]
     tl.store(dqkv + 2 * H * D + at, of_value.to(dqkv.dtype.element_ty), mask[:, None])
@@ -154,17 +150,12 @@ def _attend_backward(
         there = other < tokens
         key = tl.load(turned + H * D + other[:, None] * (2 * H * D) + d[None, :], there[:, None], 0.0)
         value = tl.load(qkv + other[:, None] * (3 * H * D) + d[None, :], there[:, None], 0.0)
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * BASE  # (queries, keys)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * BASE  # (queries, keys)
         weight = tl.where(other[None, :] <= here[:, None], tl.exp2(score - level[:, None]), 0.0)
-        of_weight = tl.dot(of_mixed, tl.trans(value), input_precision=PRECISION)
+        of_weight = tl.dot(of_mixed, tl.trans(value), input_precision="ieee")
         of_score = (weight * (of_weight - subtracted[:, None])).to(key.dtype)
-        of_query = tl.dot(of_score, key, of_query, input_precision=PRECISION)
+        of_query = tl.dot(of_score, key, of_query, input_precision="ieee")
     _store_turned_back(dqkv, 3 * H * D, of_query * SCALE, rotary, tokens, here, mask, BLOCK, D)
-
-
-def _precision():
-    """As torch would compute float32's products."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @torch.library.triton_op("nanomagvit2::attend", mutates_args=())
@@ -179,7 +170,7 @@ def _forward_attend(
     )
     small = width // heads * qkv.element_size() <= 128  # three stages fit the shared memory of any GPU
     wrap_triton(_attend)[(triton.cdiv(tokens, BLOCK), rows * heads)](
-        turned, qkv, mixed, logsum, tokens, (width // heads) ** -0.5, heads, width // heads, BLOCK, _precision(),
+        turned, qkv, mixed, logsum, tokens, (width // heads) ** -0.5, heads, width // heads, BLOCK,
         num_stages=3 if small else 1,
     )  # fmt: skip
     return mixed, logsum, turned
@@ -197,7 +188,7 @@ def _backward_attend(
     )
     wrap_triton(_attend_backward)[(triton.cdiv(tokens, BLOCK), rows * heads)](
         turned, qkv, rotary, dmixed, logsum, sums, dqkv, tokens, (width // heads) ** -0.5, heads, width // heads,
-        BLOCK, _precision(), num_stages=1,  # more stages take registers that another program could have
+        BLOCK, num_stages=1,  # more stages take registers that another program could have
     )  # fmt: skip
     return dqkv
 

@@ -4,9 +4,7 @@ A token of a few hundred small operations is bound by their launches: captured o
 any position, since the position is a number in the GPU's memory. Weights are kept once more in the type that computes
 (half precision under autocast), w1 and w3 in one matrix. The residual stream stays in float32.
 
-Letters: B images, rows B, or 2 B with guidance (the images' classes, then as many null classes), d width, H heads, D
-head width, N tokens.
-"""
+Letters: B images, rows B or, with guidance, 2 B, d width, H heads, D head width, N tokens."""
 
 import weakref
 
@@ -42,14 +40,10 @@ def forget(model):
 
 
 @triton.jit
-def _share(
-    x, weight, y, rows, N, K, SHARES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+def _share(x, weight, y, rows, N, K, SHARES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """y[s] = x weight^T over the s-th of SHARES parts of K; a program BN columns of one.
 
-    x (rows, K), up to BM rows; weight (N, K); y (SHARES, rows, N) float32.
-    """
+    x (rows, K), up to BM rows; weight (N, K); y (SHARES, rows, N) float32."""
     m, n, k = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     share = tl.program_id(1)
     x += m[:, None] * K + k[None, :]
@@ -57,7 +51,7 @@ def _share(
     total = tl.zeros((BM, BN), tl.float32)
     for start in range(share * (K // SHARES), (share + 1) * (K // SHARES), BK):
         left = tl.load(x + start, (m < rows)[:, None], 0.0)
-        total = tl.dot(left, tl.load(weight + start), total, input_precision=PRECISION)
+        total = tl.dot(left, tl.load(weight + start), total, input_precision="ieee")
     y += share * rows * N
     tl.store(y + m[:, None] * N + n[None, :], total, (m < rows)[:, None])
 
@@ -131,8 +125,7 @@ def _draw(
     """Guidance, temperature and the draw by inverse CDF, in float64, as `ar_model.draw`; a program an image.
 
     logits (rows, V); uniforms (B, N, 2); the sub-token goes to drawn (2, B, N). The next input of the image's rows goes
-    to x (rows, d): after pre its embedding, after post the sum of both.
-    """
+    to x (rows, d): after pre its embedding, after post the sum of both."""
     image = tl.program_id(0)
     here = tl.load(position)
     v = tl.arange(0, V)
@@ -194,12 +187,9 @@ class Decoder:
         self.x = empty(rows, config.width, dtype=torch.float32)
         self.uniforms = empty(images, self.length, 2, dtype=torch.float64)
         self.drawn = empty(2, images, self.length, dtype=torch.int64)
-        # As torch would compute the same products.
-        self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         self.position = empty(1, dtype=torch.int32)
         self.places = torch.arange(2, dtype=torch.int32, device=device)  # of the two sub-tokens
-        self.logits = [None, None]
-        self.graph = None
+        self.logits, self.graph = [None, None], None
 
     def _weights_of(self, block):
         """A block's matrices in the type that computes, w1 and w3 as one."""
@@ -226,7 +216,7 @@ class Decoder:
         if rows > 128 or N > 1024 or N % 32 or K % 256:
             return F.linear(x, weight)[None]
         y = torch.empty((4, rows, N), dtype=torch.float32, device=x.device)
-        _share[(N // 32, 4)](x, weight, y, rows, N, K, 4, 128, 32, 64, self.precision, num_warps=8, num_stages=4)
+        _share[(N // 32, 4)](x, weight, y, rows, N, K, 4, 128, 32, 64, num_warps=8, num_stages=4)
         return y
 
     def _gate(self, h):
@@ -261,14 +251,13 @@ class Decoder:
         self.position += 1
 
     def _draw_part(self, logits, part):
-        option, guide = self.options[part], self.guide
-        scale, temperature = 1.0 if option.scale is None else option.scale, option.temperature
+        option, guide, temperature = self.options[part], self.guide, self.options[part].temperature
         if option.top_k or option.top_p < 1:  # the filters sort: torch's own kernels, and then a plain draw
-            logits, guide, temperature = option.adjust(logits.float()), False, 1.0
+            logits, guide, temperature = option.adjust(logits.float(), self.images), False, 1.0
         width = self.x.shape[1]
         _draw[(self.images,)](
             logits, self.uniforms, self.position, self.drawn, *self.embeddings, self.x, self.images, self.length, width,
-            scale, temperature, part, guide, self.guide, logits.shape[1], triton.next_power_of_2(width), num_warps=8,
+            option.scale, temperature, part, guide, self.guide, logits.shape[1], triton.next_power_of_2(width), num_warps=8,
         )  # fmt: skip
 
     def draw(self, labels, uniforms, tokens):

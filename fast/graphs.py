@@ -7,8 +7,7 @@
     gradients.exchange()  # between processes, once
     optimizer.step()
 
-A step of several processes is the step of one that runs all their micro-batches.
-"""
+A step of several processes is the step of one that runs all their micro-batches."""
 
 import collections
 
@@ -21,9 +20,8 @@ class Gradients:
 
     Of one process alone, and of sharded parameters (FSDP2 exchanges them itself, in every pass), they are autograd's
     own. Otherwise they are views of one buffer, whose sum over processes is one all-reduce; so a loss has to be divided
-    by the number of all processes' micro-batches. The exchange comes after the last backward pass, not beside it: where
-    processes are joined as fast as devices of a host are, it would slow the matrix products down by what it saves.
-    """
+    by the number of all processes' micro-batches. The exchange comes after the last backward pass: beside it, it would
+    slow the matrix products down by what it saves."""
 
     def __init__(self, rt, parameters, sharded=False):
         self.parameters, self.buffer = list(parameters), None

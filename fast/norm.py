@@ -14,9 +14,6 @@ from torch.nn.functional import conv2d
 
 TILE, WARPS, PROGRAMS = 2048, 8, 1024  # numbers a program takes at once, its warps, programs a launch
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The paths: see fast/__init__.py
-
 
 def norm_silu_takes(norm, x):
     """A GPU, channels last, a power of 2 of channels."""
@@ -68,10 +65,6 @@ def upsampler(upsampler, x):
     else:
         x = torch.add(x, bias, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
     return x.flatten(3, 4).flatten(1, 2).movedim(-1, 1).contiguous(memory_format=torch.channels_last)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Kernels
 
 
 @triton.jit
