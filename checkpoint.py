@@ -1,9 +1,9 @@
-"""Weights on disk: reading any file without running what is in it, matching it strictly, writing it atomically.
+"""Weights and training runs on disk.
 
 - `read_weights(path)`: a .ckpt / .pt / .pth file as plain tensors and containers; a pickle is never executed.
 - `match(found, expected, ...)`: every missing, unexpected or wrongly shaped entry is an error that names it.
 - `locate(name_or_path, released)`: a path, a run folder, or a released name (downloaded once into torch's hub cache).
-- `save_checkpoint`, `load_latest`: training state, written so that a kill at any moment leaves a good file.
+- `Run`: resumes a training run, logs and saves it, so that a kill at any moment leaves a good file.
 """
 
 import contextlib
@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from runtime import Unreadable, UserError, reading, reason_of, replacing
+from runtime import FiniteGuard, RunLog, StopSignal, Unreadable, UserError, open_run, reading, reason_of, replacing
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -87,9 +88,7 @@ def read_weights(path):
     Reads with `weights_only=True`. A file that holds foreign objects (the released ones were written by PyTorch
     Lightning) is read once more, with each of them turned into an inert placeholder and a warning that names their
     types; in torch's format of before 1.6 it is refused. Nothing in a file is ever imported or called. Raises UserError
-    as `runtime.reading` does.
-    """
-    path = Path(path)
+    as `runtime.reading` does."""
     try:
         with reading(path, "a weights file that torch can read"), open(path, "rb") as file:
             archive = _archive(file) if file.read(4) == b"PK\x03\x04" else None
@@ -111,8 +110,8 @@ def read_weights(path):
 
 
 def is_intact(path):
-    """True where every byte of a torch file matches the checksums stored in it (reading it looks at those of tensors
-    only). Raises Unreadable where that cannot be told for now."""
+    """Whether every byte of a torch file matches the checksums stored in it; `read_weights` looks at tensors' only.
+    Raises Unreadable where that cannot be told for now."""
     try:
         with reading(path, "a zip archive"), open(path, "rb") as file:
             return _archive(file).testzip() is None
@@ -244,8 +243,7 @@ def locate(name_or_path, released):
 def checkpoints(folder):
     """The checkpoints of a run, oldest first. A step_best.pt that someone put beside them is none of ours."""
     names = os.listdir(folder) if Path(folder).is_dir() else []  # (glob finds none where it may not read)
-    found = [Path(folder, name) for name in names if re.fullmatch(r"step_[0-9]+\.pt", name)]
-    return sorted(found, key=_step_of)
+    return sorted((Path(folder, name) for name in names if re.fullmatch(r"step_[0-9]+\.pt", name)), key=_step_of)
 
 
 def _step_of(path):
@@ -275,13 +273,11 @@ def write_atomically(path, content):
 
 def save_checkpoint(folder, state, keep_last=2, keep_every=0):
     """Write `state` (plain tensors, numbers, strings; with its "step") as folder/step_XXXXXXXX.pt; returns the path.
-
     Keeps the newest `keep_last` files, and for good those whose step is a multiple of `keep_every` (0: none). A file of
     a later step was passed over as damaged when the run began: it does not count among the newest."""
     path = Path(folder) / f"step_{state['step']:08d}.pt"
     write_atomically(path, state)
-    ours = [old for old in checkpoints(folder) if _step_of(old) <= state["step"]]
-    for old in ours[:-keep_last]:
+    for old in [old for old in checkpoints(folder) if _step_of(old) <= state["step"]][:-keep_last]:
         if not (keep_every and _step_of(old) % keep_every == 0):
             old.unlink(missing_ok=True)
     return path
@@ -289,57 +285,57 @@ def save_checkpoint(folder, state, keep_last=2, keep_every=0):
 
 def load_latest(rt, folder, kind):
     """(path, state) of the newest intact checkpoint of `kind` in a run folder, or (None, None) for a fresh start.
-
     A torn or foreign file is passed over for the older one, with a warning. A whole one of the other stage or without
     training state is an error, as the run would push it out; so is one that cannot be read for now, as the run would
-    write over it. All ranks read the file that the main process chose, so the folder must be on a file system that
-    every host sees.
-    """
-    chosen, state = None, None
+    write over it. All ranks read the file that the main process chose: every host has to see the folder."""
+    chosen = state = None
     if rt.main:
         for scratch in Path(folder).glob("step_*.pt.tmp"):  # a kill in the middle of a save left it
             scratch.unlink(missing_ok=True)
         for path in reversed(checkpoints(folder)):
-            try:
-                state = read_weights(path) if is_intact(path) else None
-            except Unreadable:
-                raise
-            except UserError:
-                state = None
-            found = state.get("kind") if isinstance(state, dict) else None
-            if found == kind:
-                if type(state.get("step")) is not int or not isinstance(state.get("settings"), dict):
-                    raise UserError(f"{path} holds no training state; give another --out")
-                chosen = path
-                break
-            if found in ("tokenizer", "ar"):
+            content = _content_if_intact(path)
+            found = content.get("kind") if isinstance(content, dict) else None
+            if found not in ("tokenizer", "ar"):
+                reason = "is torn or damaged" if content is None else f"is no {kind} checkpoint"
+                rt.say(f"warning: {path} {reason}; passing it over")
+                continue
+            if found != kind:
                 raise UserError(f"{path} is a checkpoint of the other stage; give another --out")
-            reason = "is torn or damaged" if state is None else f"is no {kind} checkpoint"
-            rt.say(f"warning: {path} {reason}; passing it over")
+            if type(content.get("step")) is not int or not isinstance(content.get("settings"), dict):
+                raise UserError(f"{path} holds no training state; give another --out")
+            chosen, state = path, content
+            break
     chosen = rt.share(chosen)
-    if chosen is None:
-        return None, None
-    if not rt.main:
+    if chosen and not rt.main:
         if not chosen.is_file():
             raise UserError(f"{chosen} is not visible on this host; put --out on a file system that all hosts share")
         state = read_weights(chosen)
     return chosen, state
 
 
-def restore(module, state, name, path):
-    """Load entry `name` of the checkpoint `state` into a module; a UserError naming `path` where it does not fit."""
-    match(state.get(name, {}), module.state_dict(), path, f"this run's {name}")
-    module.load_state_dict(state[name])
+def _content_if_intact(path):
+    try:
+        return read_weights(path) if is_intact(path) else None
+    except Unreadable:
+        raise
+    except UserError:
+        return None
 
 
-def restore_optimizer(optimizer, state):
-    """Load an optimizer's state. What it keeps of a parameter comes to lie in memory as the parameter does: fused
-    optimizers take that for granted, and a checkpoint may be of another device, with another layout."""
-    optimizer.load_state_dict(state)
-    for parameter, kept in optimizer.state.items():
-        for name, value in kept.items():
-            if value.shape == parameter.shape:
-                kept[name] = torch.empty_like(parameter).copy_(value)
+def restore(parts, state, path):
+    """Load a checkpoint's entries into the `parts` (modules, optimizers, ...) of the same names. Raises UserError
+    naming the file `path` where they do not fit."""
+    with reading(path, "a checkpoint of this run"):
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                match(state.get(name), part.state_dict(), path, f"this run's {name}")
+            part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                # A fused optimizer takes for granted that its moments lie in memory as their parameters do. Those of
+                # another device may lie otherwise.
+                for parameter, moments in part.state.items():
+                    alike = {key: value for key, value in moments.items() if value.shape == parameter.shape}
+                    moments |= {key: torch.empty_like(parameter).copy_(value) for key, value in alike.items()}
 
 
 def changed_settings(old, new, may_change):
@@ -347,12 +343,77 @@ def changed_settings(old, new, may_change):
     found = []
     for name, value in new.items():
         before = old.get(name, False)  # a flag younger than the checkpoint was off in it
-        if name in may_change or before == value or (name.endswith("_hash") and name not in old):
+        if name in may_change or before == value:
             continue
-        if name.endswith("_hash"):
-            found.append(f"{name.removesuffix('_hash')} of other contents")
-        else:
+        if not name.endswith("_hash"):
             derived = name in ("pictures", "total_steps")  # from flags, and none itself
             shown = name.replace("_", " ") if derived else "--" + name.replace("_", "-")
             found.append(f"{shown} was {before}, is {value}")
+        elif name in old:  # (the first checkpoints had no hashes)
+            found.append(f"{name.removesuffix('_hash')} of other contents")
     return ", ".join(found)
+
+
+class Run:
+    """A training run in its folder: resumes from the newest checkpoint, logs, saves, and leaves when asked by a signal.
+
+    settings: the flags and what they lead to; saved, and compared with the checkpoint's but for the names `may_change`.
+    parts: name in the file -> object with state_dict and load_state_dict: all that is saved and restored. contents:
+    what else the file holds, its "kind" for one. `step` is the number of steps done."""
+
+    def __init__(self, rt, args, settings, may_change, parts, **contents):
+        self.rt, self.args, self.parts, self.contents = rt, args, parts, contents | {"settings": settings}
+        self.folder, self.step, self.total, self.leaving = Path(args.out), 0, settings["total_steps"], False
+        self.path, state = load_latest(rt, self.folder, contents["kind"])  # the last good checkpoint
+        if state:
+            changed = changed_settings(state["settings"], settings, may_change)
+            if changed and not args.allow_changes:
+                raise UserError(f"{self.path}: {changed}; use those settings, another --out, or --allow-changes")
+            restore(parts, state, self.path)
+            self.step = state["step"]
+        open_run(rt, self.folder, settings)
+        if state:
+            rt.say(f"resumed {self.path} at step {self.step}")
+        self.log = RunLog(rt, self.folder, self.total, self.step, args.global_batch)
+        self.signal, self.guard = StopSignal(rt), FiniteGuard(rt.device)
+
+    def advance(self, loss):
+        """A step is done; `loss`, a tensor, was its loss. Like `line` and `save` to be called on all ranks alike."""
+        self.step += 1
+        self.guard.watch(self.step, loss)
+        self.log.tick()
+        self.leaving = self.signal.agreed() and self.step < self.total
+
+    def due(self, every):
+        """Whether what is done every so many steps, and after the last, is due now."""
+        return self.step % every == 0 or self.step == self.total
+
+    def line(self, **values):
+        """Log a line. Raises UserError where a loss since the one before was not finite."""
+        self.guard.check(self.rt, self.path)
+        self.log.line(self.step, **values)
+
+    def save(self):
+        """Write a checkpoint. Raises UserError where a loss or the weights are not finite: nothing is written then."""
+        modules = nn.ModuleList(part for part in self.parts.values() if isinstance(part, nn.Module))
+        self.guard.watch(self.step, *modules.parameters(), *modules.buffers())
+        self.guard.check(self.rt, self.path)
+        state = {"step": self.step, **self.contents}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        if self.rt.main:
+            self.path = save_checkpoint(self.folder, state, keep_every=self.args.keep_every)
+        self.path = self.rt.share(self.path)
+
+    def save_picture(self, picture):
+        """Write this step's PIL picture, on one process."""
+        path = self.folder / "samples" / f"step_{self.step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as file:
+            picture.save(file, "PNG")
+
+    def close(self):
+        self.log.close()
+        if self.leaving:
+            said = f"stopped by a signal after step {self.step}; saved {self.path}"
+            self.rt.say(f"{said}. Run the same command again to go on.")
+        self.rt.say(f"checkpoint {self.path or 'none'}; pictures in {self.folder / 'samples'}")

@@ -1,8 +1,8 @@
 """A transformer too large for one device: weights, gradients and optimizer spread over all processes (FSDP2).
 
-    shard(rt, model, precision)                 # built on the CPU, with the weights it would have anyway
-    shard_optimizer_state(state["optimizer"], list(model.parameters()))     # cut what a file holds
-    whole(rt, model.state_dict())               # gather it for a file
+    shard(rt, model, precision)             # built on the CPU, with the weights it would have anyway
+    optimizer = AdamW(model.parameters())
+    whole_in_files(rt, model, optimizer)    # state_dict() and load_state_dict() are those of one process
 
 Files hold whole tensors under plain names, so a run may go on with or without sharding, on any number of processes. The
 price is memory of the host: every process builds the whole model on its CPU (4 bytes a parameter), reads the whole
@@ -10,7 +10,7 @@ checkpoint to resume (12 more), and the main one gathers it to save (12)."""
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -34,30 +34,50 @@ def shard(rt, model, precision):
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
 
-def shard_optimizer_state(state, parameters):
-    """Cut the tensors of a whole optimizer state dict, in place, as its (sharded) parameters are cut."""
-    for number, entries in state["state"].items():
-        parameter = parameters[number]
-        for name, value in entries.items():
-            if value.shape == parameter.shape:  # not the step count
-                entries[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+def whole_in_files(rt, model, optimizer):
+    """Have the state dicts of a sharded model and of its optimizer hold whole tensors: on the main process's CPU, and
+    without numbers (meta) on the others. All processes must ask for them, and load them, together."""
+    parameters = dict(model.named_parameters())
+
+    def cut_model(_, state, *args):
+        state |= {name: _cut(value, parameters[name]) for name, value in state.items()}
+
+    def cut_optimizer(_, state):
+        for parameter, moments in zip(parameters.values(), state["state"].values(), strict=True):
+            moments |= {name: _cut(value, parameter) for name, value in moments.items()}
+
+    model.register_state_dict_post_hook(lambda _, state, *args: state.update(_whole(rt, state)))
+    model.register_load_state_dict_pre_hook(cut_model)
+    optimizer.register_state_dict_post_hook(lambda _, state: _whole(rt, state))
+    optimizer.register_load_state_dict_pre_hook(cut_optimizer)
 
 
-def whole(rt, tree):
-    """A state dict with every sharded tensor gathered to the main process's CPU, one at a time (None on the other
-    processes, all of which must call it); anything else as it is."""
+def _cut(value, parameter):
+    """A whole tensor, cut as a sharded parameter of its shape is; others (Adam's step count) as they are."""
+    if value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
+def _whole(rt, tree):
     if isinstance(tree, dict):
-        return {key: whole(rt, value) for key, value in tree.items()}
+        return {key: _whole(rt, value) for key, value in tree.items()}
     if not isinstance(tree, DTensor):
         return tree
-    tensor = tree.full_tensor()
-    return tensor.cpu() if rt.main else None
+    return full(tree).to("cpu" if rt.main else "meta")  # one at a time
+
+
+def full(tensor):
+    """A sharded tensor whole, on every process; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unsharded(rt, model):
     """A sharded model's whole float32 copy on the main process's device (4 bytes a parameter while it is kept), None on
-    the others; all must call it. Shards would gather every block anew for every token."""
-    entries = whole(rt, model.state_dict())
+    the others; all must call it. Shards would gather every block anew for every token. Any other model as it is."""
+    if not isinstance(model, FSDPModule):
+        return model
+    entries = model.state_dict()  # whole: see `whole_in_files`
     if not rt.main:
         return None
     with torch.device("meta"):

@@ -148,7 +148,7 @@ BOTH = """
 import pathlib, runpy, sys, torch
 import fast.graphs as passes
 record, recorded = passes.Graphs._record, []
-passes.Graphs._record = lambda self, *args: recorded.append(args[0].__name__) or record(self, *args)
+passes.Graphs._record = lambda self, *args: recorded.append(args[0].func.__name__) or record(self, *args)
 torch.backends.cudnn.deterministic = True
 script, folder, *flags = sys.argv[1:]
 for name, warm_up in ("plain", 99), ("graphs", 3):
@@ -185,7 +185,7 @@ def test_scripts_with_graphs(script, tmp_path):
 
     assert (tmp_path / "plain" / "recorded").read_text() == ""
     # In two rounds, before and after the evaluation: the first micro-batch's, and the others'.
-    passes = ["run_pass"] if script == "train_ar.py" else ["generator_pass", "discriminator_pass"]
+    passes = ["training_pass"] if script == "train_ar.py" else ["generator_pass", "discriminator_pass"]
     assert sorted((tmp_path / "graphs" / "recorded").read_text().split()) == sorted(4 * passes)
     plain, ours = ([x for x in log_lines(tmp_path / name) if "lr" in x] for name in ("plain", "graphs"))
     assert len(plain) == len(ours) == 10
