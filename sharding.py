@@ -37,14 +37,14 @@ def shard(rt, model, precision):
 def whole_in_files(rt, model, optimizer):
     """Have the state dicts of a sharded model and of its optimizer hold whole tensors: on the main process's CPU, and
     without numbers (meta) on the others. All processes must ask for them, and load them, together."""
-    parameters = dict(model.named_parameters())
+    by_name, by_number = dict(model.named_parameters()), list(model.parameters())
 
     def cut_model(_, state, *args):
-        state |= {name: _cut(value, parameters[name]) for name, value in state.items()}
+        state |= {name: _cut(value, by_name[name]) for name, value in state.items()}
 
     def cut_optimizer(_, state):
-        for parameter, moments in zip(parameters.values(), state["state"].values(), strict=True):
-            moments |= {name: _cut(value, parameter) for name, value in moments.items()}
+        for number, moments in state["state"].items():
+            moments |= {name: _cut(value, by_number[number]) for name, value in moments.items()}
 
     model.register_state_dict_post_hook(lambda _, state, *args: state.update(_whole(rt, state)))
     model.register_load_state_dict_pre_hook(cut_model)

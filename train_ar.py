@@ -92,9 +92,7 @@ def open_caches(args):
     if val_codes and val_codes.manifest["tokenizer_hash"] != codes.manifest["tokenizer_hash"]:
         raise UserError(f"{args.val_codes} was made by another tokenizer than {args.codes}; encode it again")
     if val_codes and val_codes.grid != codes.grid:
-        raise UserError(
-            f"{args.val_codes} holds {val_codes.grid} grids, not {codes.grid}; encode it with the same --size"
-        )
+        raise UserError(f"{args.val_codes} holds {val_codes.grid} grids, not {codes.grid}; encode with the same --size")
     if val_codes and val_codes.classes != codes.classes:
         raise UserError(f"{args.val_codes} has other classes than {args.codes}")
     return codes, val_codes, tokenizer
@@ -137,7 +135,7 @@ def main():
     accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
     if args.shard and rt.world == 1:
         raise UserError(
-            "--shard spreads the model over processes and here is one; launch with torchrun, or leave it out"
+            "--shard spreads the model over processes, and here is one; launch with torchrun or leave it out"
         )
 
     # Data
@@ -147,8 +145,9 @@ def main():
 
     # Model
     runtime.seed_everything(args.seed)
-    layers, bits = (args.spatial_layers, args.intra_layers), (args.pre_bits, tokenizer.config.bits - args.pre_bits)
-    config = ARConfig(args.width, args.heads, *layers, bits, codes.grid[0], len(codes.classes), args.dropout)
+    sizes = (args.width, args.heads, args.spatial_layers, args.intra_layers)
+    bits = (args.pre_bits, tokenizer.config.bits - args.pre_bits)
+    config = ARConfig(*sizes, bits, grid=codes.grid[0], num_classes=len(codes.classes), dropout=args.dropout)
     model = ARTransformer(config)
     blocks, loss_terms = [*model.spatial_blocks, *model.factorized_blocks], cross_entropies
     if args.checkpoint_activations:

@@ -102,11 +102,11 @@ def generator_pass(tokenizer, discriminator, lpips, scaler, args, share, images)
 
 
 def discriminator_pass(discriminator, lecam, scaler, args, share, images, y):
-    """The same for D on the images and the y that the generator made of them. They go through D separately: BatchNorm
-    sees them apart. Returns the terms of the loss, detached. Of args: precision, lecam_weight."""
+    """The same for D, on the images and the y that the generator made of them: adds to D's gradients, and returns the
+    terms of its loss. Of args: precision, lecam_weight."""
     discriminator.requires_grad_(True)
     with runtime.autocast(images.device, args.precision):
-        real, fake = discriminator(data.to_float(images)), discriminator(y)
+        real, fake = discriminator(data.to_float(images)), discriminator(y)  # apart, for BatchNorm
     loss, terms = losses.discriminator_loss(real, fake, lecam, args.lecam_weight)
     scaler.scale(loss / share).backward()
     return {"discriminator": loss.detach(), **terms}
@@ -171,8 +171,8 @@ def main():
     # Passes. The global entropy talks to other processes in them, which no graph may.
     compiled = fast.compiles(rt.device, args.compile, total)
     if compiled:
-        fast.compile(*(module for module in tokenizer.modules() if isinstance(module, Upsampler)))
-        fast.compile(*([lpips] if lpips else []))
+        upsamplers = [module for module in tokenizer.modules() if isinstance(module, Upsampler)]
+        fast.compile(*upsamplers, *([lpips] if lpips else []))
     graphs = Graphs(rt, compiled and not (args.global_entropy and rt.world > 1))
     gradients = {name: Gradients(rt, module.parameters()) for name, module in trained.items()}
     share = accumulation * rt.world
@@ -229,10 +229,8 @@ def main():
         if run.due(args.log_every):
             bad.check(rt.reduce([bad.count])[0], step // epoch_steps + 1)
             run.line(**{name: value.item() for name, value in means.items()}, lr=lr)
-        if (
-            run.due(args.save_every) or run.due(args.eval_every) or run.leaving
-        ):  # before the evaluation: what goes wrong there loses no step
-            run.save()
+        if run.due(args.save_every) or run.due(args.eval_every) or run.leaving:
+            run.save()  # before the evaluation: what goes wrong there loses no step
         if run.due(args.eval_every):
             evaluate()
         if run.leaving:
