@@ -74,10 +74,8 @@ RELEASED_AR = {
     for name in ("B", "L", "XL")
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The network. Module names are those of the released files.
 
-
+# --- The network. Module names are those of the released files. -------------------------------------------------------
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, eps 1e-5, in float32 whatever autocast says."""
 
@@ -306,10 +304,7 @@ def cross_entropies(logits, sub_indices):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling
-
-
+# --- Sampling ---------------------------------------------------------------------------------------------------------
 class SubTokenOptions(NamedTuple):
     """How a sub-token is drawn. scale: of guidance, where a null branch runs."""
 
@@ -391,10 +386,7 @@ def image_uniforms(seeds, tokens):
     return torch.stack([torch.rand(tokens, 2, dtype=torch.float64, generator=generator) for generator in generators])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading files
-
-
+# --- Reading files ----------------------------------------------------------------------------------------------------
 def load_ar(path_or_name, config=None):
     """(ARTransformer, Tokenizer or None), both in eval mode and on the CPU. The tokenizer is the one in the file.
 

@@ -24,10 +24,8 @@ from torch import nn
 
 from runtime import FiniteGuard, RunLog, StopSignal, Unreadable, UserError, open_run, reading, reason_of, replacing
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
 
-
+# --- Reading ----------------------------------------------------------------------------------------------------------
 class _Inert:
     """What stands in a file in place of anything but tensors, numbers, texts and containers of these: it swallows
     everything and does nothing."""
@@ -177,10 +175,7 @@ def hash_of(state):
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Finding
-
-
+# --- Finding ----------------------------------------------------------------------------------------------------------
 def download(url):
     """The local file of `url` in torch's hub cache, fetched with a progress bar the first time. Where that fails for
     one process it fails for all."""
@@ -236,10 +231,7 @@ def locate(name_or_path, released):
     raise UserError(f"there is no file or folder {name_or_path}; released names: {', '.join(released) or 'none'}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training state
-
-
+# --- Training state ---------------------------------------------------------------------------------------------------
 def checkpoints(folder):
     """The checkpoints of a run, oldest first. A step_best.pt that someone put beside them is none of ours."""
     names = os.listdir(folder) if Path(folder).is_dir() else []  # (glob finds none where it may not read)

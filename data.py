@@ -69,10 +69,7 @@ def picture_grid(images, columns):
     return Image.fromarray(sheet.movedim(0, -1).contiguous().numpy())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Picture folders
-
-
+# --- Picture folders --------------------------------------------------------------------------------------------------
 def open_pictures(source, size, train, seed=0, labelled=True):
     """The pictures of `source` at `size` x `size` pixels, as a map-style dataset.
 
@@ -287,10 +284,7 @@ class BadPictures:
         return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Order and batches
-
-
+# --- Order and batches ------------------------------------------------------------------------------------------------
 class SampleOrder:
     """The order of samples of a whole run: sample s is entry s % count of epoch s // count's permutation.
 
@@ -409,13 +403,12 @@ def _begin_worker(worker):
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The code cache, written by encode.py: a folder with
+# --- The code cache ---------------------------------------------------------------------------------------------------
+# Written by encode.py: a folder with
 #   codes.bin      int32 (count, max(1, crops), h*w), flat
 #   labels.bin     int32 (count,): the class, or one of the two below
 #   manifest.json  what the codes are of, and whether all are there
 #   tokenizer.pt   the tokenizer that made them
-
 UNREADABLE, PENDING = -1, -2
 FORMAT, VERSION = "nanoMAGVIT2 codes", 1
 # Smallest and largest of the manifest's numbers; height and width are the grid's.

@@ -32,10 +32,8 @@ from data import BadPictures, PictureFolder, evaluation_batches, opened
 from inception import CONVENTIONS, INCEPTION_FILE, InceptionV3, load_inception, weights_in_words  # noqa: F401
 from runtime import UserError, at_least
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The numbers
 
-
+# --- The numbers ------------------------------------------------------------------------------------------------------
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """FID, of features' means and covariances: the squared Frechet (2-Wasserstein) distance of two Gaussians,
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
@@ -155,10 +153,7 @@ def ssim(images, others):
     return (luminance * structure).flatten(1).mean(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From pictures to features and their moments
-
-
+# --- From pictures to features and their moments ----------------------------------------------------------------------
 def moments(features):
     """Mean (D,) and sample covariance (D, D) of features (N, D), in float64, as NumPy arrays."""
     if len(features) < 2:
@@ -234,10 +229,7 @@ def measure(rt, pictures, stored, model, args):
     return Stats(pictures.source, words, len(rows), *arrays, pictures.shape, args.convention)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sets of pictures and statistics on disk
-
-
+# --- Sets of pictures and statistics on disk --------------------------------------------------------------------------
 class PictureSet:
     """What a path holds: `pictures` to measure, `stored` statistics, or both (ADM's reference file); else None. Opening
     reads no picture yet, and raises UserError where the path is none of these."""
@@ -365,10 +357,7 @@ def npz_array(path, name, shape=None):
             return np.lib.format.read_array(file, allow_pickle=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-
-
+# --- The command ------------------------------------------------------------------------------------------------------
 def compare(reference, samples, classifier):
     """({name: number, or a sentence why there is none}, warnings) of two `Stats`. classifier: Inception's last weight
     matrix (1008, 2048)."""

@@ -25,10 +25,8 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the last word is the 
 INCEPTION_ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 CONVENTIONS = ("tf1", "half-pixel")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The network. Module names are those of the released file.
 
-
+# --- The network. Module names are those of the released file. --------------------------------------------------------
 class ConvNorm(nn.Module):
     """Convolution (no bias), BatchNorm, ReLU. `same`: padded so that the size stays; otherwise not padded."""
 

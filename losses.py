@@ -12,8 +12,7 @@ from torch.nn.functional import relu, softplus
 from checkpoint import download, entries_of, match, read_weights
 from runtime import UserError
 
-# ----------------------------------------------------------------------------------------------------------------------
-# LPIPS (arXiv 1801.03924), version 0.1
+# --- LPIPS (arXiv 1801.03924), version 0.1 ----------------------------------------------------------------------------
 
 # Convolutions up to each tap: (input channels, output channels, kernel, stride, padding); "pool" between them.
 _POOL_VGG, _POOL_ALEX = ("pool", 2, 2), ("pool", 3, 2)
@@ -174,10 +173,7 @@ def load_lpips(network="vgg", path=None):
     return lpips.requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The discriminator
-
-
+# --- The discriminator ------------------------------------------------------------------------------------------------
 class PatchDiscriminator(nn.Module):
     """PatchGAN: (B, 3, H, W) -> one logit a patch, (B, 1, H/8 - 2, W/8 - 2) for sides that 8 divides.
 
@@ -240,10 +236,7 @@ class LeCAM(nn.Module):
         self.fake.copy_(fake)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The two losses
-
-
+# --- The two losses ---------------------------------------------------------------------------------------------------
 def _wide(x):
     """float32 at least: under autocast networks answer in half precision, and losses must not."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -159,10 +159,7 @@ def draw(model, tokenizer, labels, options, seeds):
     return tokenizer.decode(indices.unflatten(1, (model.config.grid, -1)))  # (B, N) -> (B, h, w) -> pictures
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models and settings
-
-
+# --- Models and settings ----------------------------------------------------------------------------------------------
 def load_models(rt, args):
     """(transformer, tokenizer, settings: their paths, and hashes of what they hold)."""
     path = tokenizer_path = rt.share(locate(args.model, RELEASED_AR))
@@ -227,10 +224,7 @@ def paper_size(width):
     return next((name for name in RELEASED_AR if AR_SIZES[name].width == width), "B")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Output
-
-
+# --- Output -----------------------------------------------------------------------------------------------------------
 def refuse_others(work, settings):
     """Let a run go on in `work` only where it holds pictures of the same settings (or of fewer pictures)."""
     if not work.is_dir() or not any(work.iterdir()):

@@ -66,10 +66,8 @@ RELEASED_TOKENIZERS = {
     "256_L": f"{HUB}/Open-MAGVIT2-Tokenizer-256-resolution/resolve/main/imagenet_256_L.ckpt",
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The network. Module names are those of the released files.
 
-
+# --- The network. Module names are those of the released files. -------------------------------------------------------
 def group_norm(channels, affine=True):
     return nn.GroupNorm(32, channels, eps=1e-6, affine=affine)
 
@@ -242,10 +240,7 @@ class Tokenizer(nn.Module):
         return self.decoder(quantized), indices, losses
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading files
-
-
+# --- Reading files ----------------------------------------------------------------------------------------------------
 def load_tokenizer(path_or_name, ema=True):
     """A Tokenizer in eval mode, on the CPU, from a released name ("256_L", "128_L"), a released tokenizer or
     transformer file, this project's own file or run folder, or a bare state dict of any of these.
