@@ -275,7 +275,7 @@ class ARTransformer(nn.Module):
         lowest, highest = class_labels.aminmax()
         if lowest < 0 or highest > config.num_classes:
             raise UserError(f"class labels must be 0 to {config.num_classes} (no class), not {lowest} to {highest}")
-        options = [SubTokenOptions(*part) for part in zip(cfg_scale, temperature, top_k, top_p, strict=True)]
+        options = [SubTokenOptions(*part) for part in zip(cfg_scale, temperature, top_k, top_p)]
         if len(options) != 2 or not all(abs(s) <= 1e3 >= t >= 1e-3 and k >= 0 and 0 < p <= 1 for s, t, k, p in options):
             ranges = "cfg_scale up to 1000, temperature 0.001 to 1000, top_k from 0, top_p above 0 and at most 1"
             raise UserError(f"options are pairs (pre, post): {ranges}")

@@ -289,14 +289,27 @@ def test_numbers_of_pictures_and_classes(monkeypatch):
 @pytest.mark.parametrize(
     "flags, word",
     [
-        (["--classes", "dog"], "unknown class 'dog'"),
-        (["--classes", "-1"], "unknown class '-1'"),
         (["--temperature", "0", "1"], "--temperature: must be at least 0.001"),
         (["--top-p", "1.5", "1"], "--top-p: must be at most 1"),
         (["--top-k", "-1", "1"], "--top-k: must be at least 0"),
         (["--cfg", "nan", "1"], "--cfg/--cfg-scale: must be at least -1000"),
         (["--cfg", "1e39", "1"], "--cfg/--cfg-scale: must be at most 1000"),
         (["--temperature", "1e-40", "1"], "--temperature: must be at least 0.001"),
+    ],
+)
+def test_options_out_of_range(flags, word, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", "B", "--out", "x.png", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        sample.parse()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert word in line
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--classes", "dog"], "unknown class 'dog'"),
+        (["--classes", "-1"], "unknown class '-1'"),
         (["--model", "bare"], "bare.pt carries no tokenizer"),
         (["--tokenizer", "10bits"], "have 10 bits, those of .* 18"),
         (["--model", "tokenizer"], "is a tokenizer file"),
