@@ -1,4 +1,4 @@
-"""Speed and memory on one GPU: the table in the README.
+"""Speed and memory on one GPU: the tables in docs/results.md.
 
     python bench.py                          # everything, some ten minutes on an H200
     python bench.py --only entropy,sample    # some of it; see ROWS at the end
@@ -6,8 +6,7 @@
 Each row but the loader's is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do
 not change the time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share` is the
 work's arithmetic (training, decoding) or its least traffic (sampling: weights and filled cache once a token) over the
-time, against this GPU's own rate, measured at the start: a large bf16 matrix product, a large device-to-device copy.
-"""
+time, against this GPU's own rate, measured at the start: a large bf16 matrix product, a large device-to-device copy."""
 
 import contextlib
 import dataclasses
@@ -27,9 +26,11 @@ import data
 import fast
 import losses
 import runtime
+import train_ar
+import train_tokenizer
 from ar_model import AR_SIZES, ARTransformer, cross_entropies
 from fast.graphs import Gradients, Graphs
-from lfq import entropy_terms, split_indices
+from lfq import entropy_terms
 from tokenizer import TOKENIZER_SIZES, Tokenizer, Upsampler
 
 # GFLOP an image, forward, 2 a multiply-add: encoder, decoder of 256_L; VGG16 of LPIPS; the discriminator.
@@ -42,12 +43,8 @@ STEP_256_L = 3 * (ENCODER + DECODER) + 3 * VGG + (2 + 6) * DISCRIMINATOR
 def main():
     arguments = runtime.parser("Speed and memory on one GPU.", "  python bench.py --only entropy,sample")
     arguments.add_argument("--only", help=f"comma-separated: {','.join(ROWS)}")
-    arguments.add_argument(
-        "--repeats",
-        type=runtime.at_least(1),
-        default=20,
-        help="timed runs of the ceilings and the decoder; others have their own",
-    )
+    repeats = "timed runs of the ceilings and the decoder; others have their own"
+    arguments.add_argument("--repeats", type=runtime.at_least(1), default=20, help=repeats)
     args = arguments.parse_args()
     chosen = args.only.split(",") if args.only else list(ROWS)
     if unknown := [name for name in chosen if name not in ROWS]:
@@ -149,49 +146,32 @@ def bench_entropy(bench):
 
 
 def tokenizer_step(bench, batch, compiled):
-    """One complete step of 256_L training as train_tokenizer.py makes it, as a function to call."""
+    """One complete step of 256_L training, of train_tokenizer.py's passes, as a function to call."""
     torch.compiler.reset()  # each size is compiled anew, as a run would
     torch.backends.cudnn.benchmark = True  # as train_tokenizer.py does
     torch.manual_seed(0)
-    device = bench.device
-    tokenizer = Tokenizer(TOKENIZER_SIZES["256_L"]).to(device)
-    lpips, discriminator = losses.LPIPS().to(device), losses.PatchDiscriminator().to(device)
+    args = train_tokenizer.parse(["--preset", "256_L", "--precision", "bf16"])
+    modules = [Tokenizer(TOKENIZER_SIZES["256_L"]), losses.PatchDiscriminator(), losses.LPIPS()]
+    layout = torch.channels_last if compiled else torch.contiguous_format
+    tokenizer, discriminator, lpips = (module.to(bench.device, memory_format=layout) for module in modules)
     if compiled:
-        for module in (tokenizer, lpips, discriminator):
-            module.to(memory_format=torch.channels_last)
-        fast.compile(lpips, *(part for part in tokenizer.modules() if isinstance(part, Upsampler)))
-    lecam = losses.LeCAM().to(device)
+        fast.compile(lpips, *(module for module in tokenizer.modules() if isinstance(module, Upsampler)))
+    lecam, scaler = losses.LeCAM().to(bench.device), torch.amp.GradScaler(enabled=False)
     trained = [*tokenizer.parameters(), *discriminator.parameters()]
     average = [p.detach().clone() for p in trained]
     adam = [torch.optim.Adam(m.parameters(), 1e-4, betas=(0.5, 0.9), fused=True) for m in (tokenizer, discriminator)]
-    images = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8, device=device)
-    rt = runtime.Runtime(device)
-    gradients = [Gradients(rt, m.parameters()) for m in (tokenizer, discriminator)]
-    graphs = Graphs(rt, compiled)
-
-    def generator_pass(images):
-        x = data.to_float(images)
-        with torch.autocast("cuda", torch.bfloat16):
-            y, _, quantizer = tokenizer(x)
-            loss, _ = losses.generator_loss(x, y, quantizer, lpips, discriminator)
-        loss.backward()
-        return {"y": y.detach()}
-
-    def discriminator_pass(images, y):
-        with torch.autocast("cuda", torch.bfloat16):
-            real, fake = discriminator(data.to_float(images)), discriminator(y)
-        loss, named = losses.discriminator_loss(real, fake, lecam, 0.05)
-        loss.backward()
-        return named
+    images = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8, device=bench.device)
+    rt = runtime.Runtime(bench.device)
+    gradients, graphs = [Gradients(rt, m.parameters()) for m in (tokenizer, discriminator)], Graphs(rt, compiled)
+    generator = functools.partial(train_tokenizer.generator_pass, tokenizer, discriminator, lpips, scaler, args, 1)
+    judge = functools.partial(train_tokenizer.discriminator_pass, discriminator, lecam, scaler, args, 1)
 
     def step():
-        discriminator.requires_grad_(False)
-        y = graphs.run(generator_pass, gradients[0], True, images)["y"]
+        y = graphs.run(generator, gradients[0], True, images)["y"]
         adam[0].step()
-        discriminator.requires_grad_(True)
-        named = graphs.run(discriminator_pass, gradients[1], True, images, y)
+        terms = graphs.run(judge, gradients[1], True, images, y)
         adam[1].step()
-        lecam.advance(named["logits_real"], named["logits_fake"])
+        lecam.advance(terms["logits_real"], terms["logits_fake"])
         losses.update_ema(average, trained)
 
     return step
@@ -212,31 +192,24 @@ def bench_tokenizer(bench, batches=(8, 32, 64)):
 
 
 def transformer_step(bench, name, batch, compiled, grid=16):
-    """(one complete step of training from codes as train_ar.py makes it, the model)."""
+    """(one complete step of training from codes, of train_ar.py's pass, the model)."""
     torch.compiler.reset()
     torch.manual_seed(0)
+    args = train_ar.parse(["--precision", "bf16"])
     model = ARTransformer(dataclasses.replace(AR_SIZES[name], grid=grid)).to(bench.device)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    loss_terms = cross_entropies
+    loss_terms, scaler = cross_entropies, torch.amp.GradScaler(enabled=False)
     if compiled:
         fast.compile(*model.spatial_blocks)
-        model.predict = torch.compile(model.predict, dynamic=False)
-        loss_terms = torch.compile(cross_entropies, dynamic=False)
+        model.predict, loss_terms = (torch.compile(f, dynamic=False) for f in (model.predict, cross_entropies))
     codes = torch.randint(2**18, (batch, grid**2), device=bench.device)
     labels = torch.randint(1000, (batch,), device=bench.device)
     rt = runtime.Runtime(bench.device)
     gradients, graphs = Gradients(rt, model.parameters()), Graphs(rt, compiled)
-
-    def run_pass(codes, labels):
-        sub_indices = split_indices(codes)
-        with torch.autocast("cuda", torch.bfloat16):
-            logits = model(sub_indices, labels)
-        pre, post = loss_terms(logits, sub_indices)
-        (pre + post).backward()
-        return {"pre": pre.detach(), "post": post.detach()}
+    work = functools.partial(train_ar.training_pass, model, loss_terms, scaler, args, 1)
 
     def step():
-        graphs.run(run_pass, gradients, True, codes, labels)
+        graphs.run(work, gradients, True, codes, labels)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
