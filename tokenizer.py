@@ -308,8 +308,7 @@ def _released(entries, source, ema):
 def tokenizer_from_entries(entries, source, config=None):
     """A Tokenizer in eval mode from its `encoder.*` and `decoder.*` entries; the size is read off their shapes.
 
-    Raises UserError naming `source`, the entries that are missing, unexpected or wrongly shaped, and the size.
-    """
+    Raises UserError naming `source`, the entries that are missing, unexpected or wrongly shaped, and the size."""
     config = config or _config_of(entries, source)
     if len(config.widths) * config.blocks_per_level > len(entries):  # before so many are built
         raise UserError(f"{source} holds {len(entries)} entries, too few for the blocks of its size")
@@ -325,20 +324,19 @@ def _config_of(entries, source):
     """The TokenizerConfig that the entries' names and shapes spell out."""
 
     def shape(name):
-        if not isinstance(entries.get(name), torch.Tensor):
-            raise UserError(f"{source} holds no tokenizer: entry {name} is missing, or no tensor")
-        if entries[name].ndim != 4 or entries[name].numel() == 0:
-            raise UserError(f"{source} holds no tokenizer: entry {name} has shape {tuple(entries[name].shape)}")
-        return entries[name].shape
+        value = entries.get(name)
+        if not isinstance(value, torch.Tensor) or value.ndim != 4 or value.numel() == 0:
+            found = f"has shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else "is missing, or no tensor"
+            raise UserError(f"{source} holds no tokenizer: entry {name} {found}")
+        return value.shape
 
     def count(prefix):  # of the numbers behind it
         return len({name.removeprefix(prefix).split(".")[0] for name in entries if name.startswith(prefix)})
 
-    channels = shape("encoder.conv_in.weight")[0]
+    channels, bits = shape("encoder.conv_in.weight")[0], shape("encoder.conv_out.weight")[0]
     widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(count("encoder.down."))]
-    multipliers = tuple(width // channels for width in widths)
-    bits = shape("encoder.conv_out.weight")[0]
     try:
+        multipliers = tuple(width // channels for width in widths)
         return TokenizerConfig(channels, multipliers, count("encoder.down.0.block."), bits)
     except UserError as error:
         raise UserError(f"{source} holds no tokenizer: {error}") from None
