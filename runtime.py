@@ -301,7 +301,7 @@ class RunLog:
         self.bar = tqdm(total=total, initial=first_step, disable=hidden, dynamic_ncols=True)
         self.tick = self.bar.update  # call it after each step
         if rt.main:
-            lines = [line for line in _lines(self.path) if line["step"] <= first_step]
+            lines = _lines(self.path, first_step)
             self.noted = [line["step"] for line in lines if "images_per_second" not in line]
             with replacing(self.path) as file:
                 file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
@@ -312,16 +312,18 @@ class RunLog:
 
     def line(self, step, **values):
         """Note the losses of `step` (1-based count of steps done), speed and memory; call it on every rank."""
-        speed = (step - self.last_step) * self.images_a_step / max(time.perf_counter() - self.last_time, 1e-9)
+        now = time.perf_counter()
+        speed = (step - self.last_step) * self.images_a_step / max(now - self.last_time, 1e-9)
         left = datetime.timedelta(seconds=round((self.total - step) * self.images_a_step / max(speed, 1e-9)))
         on_cpu = self.rt.device.type == "cpu"
         peak = 0 if on_cpu else torch.get_device_module(self.rt.device).max_memory_allocated() / 2**30
         memory = self.rt.reduce([peak], "max")[0]
         self.note(step, f"left {left}", **values, images_per_second=speed, memory_gib=memory)
+        self.last_time = now
 
     def note(self, step, *words, **values):
-        """Print words and values, and record the values: a line's, or what was measured beside the losses, the time for
-        which does not count as training time."""
+        """Print words and values, and record the values: what was measured beside the losses, in time that does not count
+        as training time."""
         self.last_time, self.last_step = time.perf_counter(), step
         if not self.rt.main:
             return
@@ -344,15 +346,17 @@ class RunLog:
             self.board.close()
 
 
-def _lines(path):
-    """The lines of a log that are whole (a killed run may have cut the last one)."""
+def _lines(path, last):
+    """The lines of a log up to step `last`, less what is no line: a killed run may have cut the last one."""
     lines = []
     if path.exists():
         with reading(path, "a log"):
             for text in path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                    line = json.loads(text)
+                    if line["step"] <= last:
+                        lines.append(line)
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -414,8 +418,9 @@ def _help(presets):
             values = [f"{name}: {preset[action.dest]}" for name, preset in presets.items() if action.dest in preset]
             if values:
                 return f"{action.help} (preset {', '.join(values)})"
-            no_default = action.default is None or action.default is False
-            return action.help if no_default else super()._get_help_string(action)
+            if action.default is None or action.default is False:
+                return action.help
+            return super()._get_help_string(action)
 
     return Help
 
