@@ -16,34 +16,29 @@ from pathlib import Path
 
 import runtime
 
-HERE = Path(__file__).parent
-GLYPHS = "glyphs:{}:ACEHT"
+TRAIN, VAL = "--data glyphs:10000:ACEHT", "glyphs:400:ACEHT"
+STREET = {
+    "train the tokenizer": f"train_tokenizer.py {TRAIN} --val-data {VAL} --out DEMO/tokenizer",
+    "encode": f"encode.py --tokenizer DEMO/tokenizer --size 32 {TRAIN} --seed 1 --out DEMO/codes/train",
+    "encode, validation": f"encode.py --tokenizer DEMO/tokenizer --size 32 --data {VAL} --seed 2 --out DEMO/codes/val",
+    "train the transformer": "train_ar.py --codes DEMO/codes/train --val-codes DEMO/codes/val --out DEMO/ar",
+    "sample": "sample.py --model DEMO/ar --per-class 8 --cfg 2.5 2.5 --out DEMO/samples.png",
+}
 
 
 def main():
-    arguments = runtime.parser(
-        "The whole street on built-in pictures, in minutes on a CPU.", "  python demo.py\n  python demo.py runs/mine"
-    )
+    examples = "  python demo.py\n  python demo.py runs/mine"
+    arguments = runtime.parser("The whole street on built-in pictures, in minutes on a CPU.", examples)
     arguments.add_argument("folder", nargs="?", type=Path, default="runs/demo", help="for all that it makes")
     folder = arguments.parse_args().folder
-    train, val = GLYPHS.format(10000), GLYPHS.format(400)
-    at = shlex.quote(str(folder))
-    encode = f"encode.py --tokenizer {at}/tokenizer --size 32"
-    street = {
-        "train the tokenizer": f"train_tokenizer.py --data {train} --val-data {val} --out {at}/tokenizer",
-        "encode": f"{encode} --data {train} --seed 1 --out {at}/codes/train",
-        "encode, validation": f"{encode} --data {val} --seed 2 --out {at}/codes/val",
-        "train the transformer": f"train_ar.py --codes {at}/codes/train --val-codes {at}/codes/val --out {at}/ar",
-        "sample": f"sample.py --model {at}/ar --per-class 8 --cfg 2.5 2.5 --out {at}/samples.png",
-    }
     # Threads that wait without spinning: as fast on an idle machine, ten times faster beside any other load.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    times = {}
-    for name, words in street.items():
+    environment, times = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}, {}
+    for name, words in STREET.items():
+        words = words.replace("DEMO", shlex.quote(str(folder)))
         print(f"\n== {name}: python {words}", flush=True)
         began = time.perf_counter()
         script, *flags = shlex.split(words)
-        code = subprocess.call([sys.executable, str(HERE / script), *flags], env=environment)
+        code = subprocess.call([sys.executable, str(Path(__file__).with_name(script)), *flags], env=environment)
         if code:
             sys.exit(code)
         times[name] = time.perf_counter() - began
@@ -52,15 +47,13 @@ def main():
     for run in ("tokenizer", "ar"):
         for line in (folder / run / "log.jsonl").read_text().splitlines():
             measured |= json.loads(line)
-    shown = max((folder / "tokenizer" / "samples").glob("*.png"))
     print("\n== what came out")
     print(f"{'PSNR, validation':<40} {measured['val_psnr']:8.2f} dB")
     print(f"{'codebook use, validation':<40} {measured['val_codebook_use']:8.2%}")
     print(f"{'transformer validation loss':<40} {measured['val_loss']:8.2f} nats a token")
-    for name, seconds in times.items():
+    for name, seconds in (times | {"in all": sum(times.values())}).items():
         print(f"{name:<40} {seconds:8.0f} s")
-    print(f"{'in all':<40} {sum(times.values()):8.0f} s")
-    print(f"\nLook at {shown} (originals above their reconstructions)")
+    print(f"\nLook at {max((folder / 'tokenizer' / 'samples').glob('*.png'))} (originals above their reconstructions)")
     print(f"and at {folder / 'samples.png'} (a row a letter: A C E H T).")
 
 
