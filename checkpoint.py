@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runtime import FiniteGuard, RunLog, StopSignal, Unreadable, UserError, open_run, reading, reason_of, replacing
+from runtime import Unreadable, UserError, reading, reason_of, replacing
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -344,68 +344,3 @@ def changed_settings(old, new, may_change):
         elif name in old:  # (the first checkpoints had no hashes)
             found.append(f"{name.removesuffix('_hash')} of other contents")
     return ", ".join(found)
-
-
-class Run:
-    """A training run in its folder: resumes from the newest checkpoint, logs, saves, and leaves when asked by a signal.
-
-    settings: the flags and what they lead to; saved, and compared with the checkpoint's but for the names `may_change`.
-    parts: name in the file -> object with state_dict and load_state_dict: all that is saved and restored. contents:
-    what else the file holds, its "kind" for one. `step` is the number of steps done."""
-
-    def __init__(self, rt, args, settings, may_change, parts, **contents):
-        self.rt, self.args, self.parts, self.contents = rt, args, parts, contents | {"settings": settings}
-        self.folder, self.step, self.total, self.leaving = Path(args.out), 0, settings["total_steps"], False
-        self.path, state = load_latest(rt, self.folder, contents["kind"])  # the last good checkpoint
-        if state:
-            changed = changed_settings(state["settings"], settings, may_change)
-            if changed and not args.allow_changes:
-                raise UserError(f"{self.path}: {changed}; use those settings, another --out, or --allow-changes")
-            restore(parts, state, self.path)
-            self.step = state["step"]
-        open_run(rt, self.folder, settings)
-        if state:
-            rt.say(f"resumed {self.path} at step {self.step}")
-        self.log = RunLog(rt, self.folder, self.total, self.step, args.global_batch)
-        self.signal, self.guard = StopSignal(rt), FiniteGuard(rt.device)
-
-    def advance(self, loss):
-        """A step is done; `loss`, a tensor, was its loss. Like `line` and `save` to be called on all ranks alike."""
-        self.step += 1
-        self.guard.watch(self.step, loss)
-        self.log.tick()
-        self.leaving = self.signal.agreed() and self.step < self.total
-
-    def due(self, every):
-        """Whether what is done every so many steps, and after the last, is due now."""
-        return self.step % every == 0 or self.step == self.total
-
-    def line(self, **values):
-        """Log a line. Raises UserError where a loss since the one before was not finite."""
-        self.guard.check(self.rt, self.path)
-        self.log.line(self.step, **values)
-
-    def save(self):
-        """Write a checkpoint. Raises UserError where a loss or the weights are not finite: nothing is written then."""
-        modules = nn.ModuleList(part for part in self.parts.values() if isinstance(part, nn.Module))
-        self.guard.watch(self.step, *modules.parameters(), *modules.buffers())
-        self.guard.check(self.rt, self.path)
-        state = {"step": self.step, **self.contents}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        if self.rt.main:
-            self.path = save_checkpoint(self.folder, state, keep_every=self.args.keep_every)
-        self.path = self.rt.share(self.path)
-
-    def save_picture(self, picture):
-        """Write this step's PIL picture, on one process."""
-        path = self.folder / "samples" / f"step_{self.step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as file:
-            picture.save(file, "PNG")
-
-    def close(self):
-        self.log.close()
-        if self.leaving:
-            said = f"stopped by a signal after step {self.step}; saved {self.path}"
-            self.rt.say(f"{said}. Run the same command again to go on.")
-        self.rt.say(f"checkpoint {self.path or 'none'}; pictures in {self.folder / 'samples'}")

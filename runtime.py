@@ -13,7 +13,6 @@ import ctypes
 import datetime
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -213,10 +212,7 @@ def seed_everything(*numbers):
     torch.manual_seed(seed_of(*numbers))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A run: folder, length, stopping, log
-
-
+# --- A run's folder, and its stop -----------------------------------------------------------------------------
 def open_run(rt, folder, settings):
     """Make the run's folder, print the resolved settings and save them as `config.json`. Returns the folder's path."""
     folder = Path(folder)
@@ -238,15 +234,6 @@ def split_batch(global_batch, micro_batch, world):
     return global_batch // (micro_batch * world)
 
 
-def run_length(args, pictures):
-    """(steps an epoch, steps of the run), from the flags of `add_length_flags`."""
-    epoch_steps = math.ceil(pictures / args.global_batch)
-    total = args.steps or args.epochs * epoch_steps
-    if total == 0:
-        raise UserError("--steps and --epochs are both 0: nothing to do")
-    return epoch_steps, total
-
-
 class StopSignal:
     """SIGTERM or SIGINT asks the loop to save and leave between two steps; a second SIGINT ends at once."""
 
@@ -265,104 +252,7 @@ class StopSignal:
         return bool(self.rt.reduce([self.asked], "max")[0])
 
 
-class FiniteGuard:
-    """Remembers, on the device and without waiting for it, the first step whose loss or weights were not finite."""
-
-    def __init__(self, device):
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-
-    def watch(self, step, *tensors):
-        """Look at a step's loss; or, before saving, at all that will be saved."""
-        for tensor in tensors:  # of a sharded one at this rank's part; `check` asks all ranks
-            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            bad = ~torch.isfinite(tensor.detach()).all() & (self.first_bad < 0)
-            self.first_bad.masked_fill_(bad, step)
-
-    def check(self, rt, checkpoint):
-        """Call at log intervals and before saving. Raises UserError naming the step and the last good file."""
-        step = int(rt.reduce([float(self.first_bad)], "max")[0])
-        if step >= 0:
-            advice = "Lower --lr or use --precision bf16 or fp32, then run again to go on from there"
-            last = f"last good checkpoint: {checkpoint or 'none yet'}"
-            raise UserError(f"loss or weights became non-finite at step {step}; {last}. {advice}")
-
-
-class RunLog:
-    """A line an interval on the screen, the same as JSON in `log.jsonl`, and TensorBoard where it is installed.
-
-    The values are those of the step named, averaged over its global batch. After a resume, lines past the resumed step
-    are dropped, so that the file reads like one uninterrupted run."""
-
-    def __init__(self, rt, folder, total, first_step, images_a_step):
-        self.rt, self.total, self.images_a_step = rt, total, images_a_step
-        self.last_time, self.last_step = time.perf_counter(), first_step
-        self.path, self.board, self.noted = Path(folder) / "log.jsonl", None, []
-        hidden = not (rt.main and sys.stderr.isatty())
-        self.bar = tqdm(total=total, initial=first_step, disable=hidden, dynamic_ncols=True)
-        self.tick = self.bar.update  # call it after each step
-        if rt.main:
-            lines = _lines(self.path, first_step)
-            self.noted = [line["step"] for line in lines if "images_per_second" not in line]
-            with replacing(self.path) as file:
-                file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-            with contextlib.suppress(ImportError):  # optional
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
-
-    def line(self, step, **values):
-        """Note the losses of `step` (1-based count of steps done), speed and memory; call it on every rank."""
-        now = time.perf_counter()
-        speed = (step - self.last_step) * self.images_a_step / max(now - self.last_time, 1e-9)
-        left = datetime.timedelta(seconds=round((self.total - step) * self.images_a_step / max(speed, 1e-9)))
-        on_cpu = self.rt.device.type == "cpu"
-        peak = 0 if on_cpu else torch.get_device_module(self.rt.device).max_memory_allocated() / 2**30
-        memory = self.rt.reduce([peak], "max")[0]
-        self.note(step, f"left {left}", **values, images_per_second=speed, memory_gib=memory)
-        self.last_time = now
-
-    def note(self, step, *words, **values):
-        """Print words and values, and record the values: what was measured beside the losses, in time that does not count
-        as training time."""
-        self.last_time, self.last_step = time.perf_counter(), step
-        if not self.rt.main:
-            return
-        shown = [f"{name} {value:.4g}" for name, value in values.items()]
-        self.rt.say(" ".join([f"step {step}/{self.total}", *shown, *words]))
-        values = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if self.board and not isinstance(value, str):
-                self.board.add_scalar(name, value, step)
-
-    def has_note(self, step):
-        """Whether a run that this one goes on from has noted that step, beside its losses; the same on every rank."""
-        return self.rt.share(step in self.noted)
-
-    def close(self):
-        self.bar.close()
-        if self.board:
-            self.board.close()
-
-
-def _lines(path, last):
-    """The lines of a log up to step `last`, less what is no line: a killed run may have cut the last one."""
-    lines = []
-    if path.exists():
-        with reading(path, "a log"):
-            for text in path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                    line = json.loads(text)
-                    if line["step"] <= last:
-                        lines.append(line)
-    return lines
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-
+# --- Files ------------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path):
     """A new binary file, to be written, that takes the place of `path` at the end: a reader sees the old file or the
@@ -401,10 +291,7 @@ def reading(path, what):
         raise UserError(f"{path} is not {what}, or it is damaged: {reason_of(error)}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
+# --- The command line -------------------------------------------------------------------------------------------------
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
@@ -455,30 +342,7 @@ def at_least(lowest, kind=int, highest=None):
     return number
 
 
-def add_length_flags(add):
-    """The flags of both trainings for pictures a step and the run's length; `add` is a group's add_argument."""
-    add("--global-batch", type=at_least(1), help="pictures a step, over all devices")
-    add("--micro-batch", type=at_least(1), help="pictures a device at once; accumulation is derived")
-    add("--epochs", type=at_least(0), help="length of the run, epochs of ceil(pictures / global batch) steps")
-    add("--steps", type=at_least(0), help="length of the run in steps instead, where not 0")
-
-
-def add_output_flags(arguments, out, log_every, evaluated, eval_pictures):
-    """The flags of both trainings for the run's folder and what goes there when."""
-    add = arguments.add_argument_group("output").add_argument
-    add("--out", default=out, help="the run's folder")
-    add("--log-every", type=at_least(1), default=log_every, help="steps between log lines")
-    add("--save-every", type=at_least(1), default=1000, help="steps between checkpoints")
-    add("--keep-every", type=at_least(0), default=0, help="steps between checkpoints kept for good; 0: none")
-    add("--eval-every", type=at_least(1), default=1000, help=f"steps between {evaluated}")
-    add("--eval-pictures", type=at_least(1), default=eval_pictures, help="validation pictures an evaluation takes")
-    add("--allow-changes", action="store_true", help="resume although settings differ from the checkpoint's")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The end of a script
-
-
+# --- The end of a script ----------------------------------------------------------------------------------------------
 def run_script(main):
     """Run a script's main(), and leave. What the user can put right ends in one line and exit code 2, Ctrl-C in code
     130, all else in a traceback and code 1.

@@ -20,8 +20,9 @@ import torch
 import data
 import fast
 import runtime
+import training
 from ar_model import AR_SIZES, ARConfig, ARTransformer, cross_entropies
-from checkpoint import Run, hash_of
+from checkpoint import hash_of
 from fast.graphs import Gradients, Graphs
 from lfq import split_indices
 from runtime import UserError, at_least
@@ -67,7 +68,7 @@ def parse(argv=None):
     add("--pre-bits", type=int, default=6, help="bits of the first sub-token; the second has the tokenizer's rest")
     add("--dropout", type=float, help="dropout probability on tokens, attention and feed-forward outputs")
     add = arguments.add_argument_group("schedule").add_argument
-    runtime.add_length_flags(add)
+    training.add_length_flags(add)
     add("--lr", type=at_least(0, float), help="peak learning rate of AdamW")
     add("--warmup-epochs", type=at_least(0, float), help="epochs of linear warm-up from 0.005 of the peak")
     add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
@@ -78,7 +79,7 @@ def parse(argv=None):
     fast_help = "compile the blocks, replay passes as CUDA graphs (none beside the two flags above); "
     fast_help += "default: on a GPU, for runs of 500 steps or more without those two"
     add("--compile", action=argparse.BooleanOptionalAction, help=fast_help)
-    runtime.add_output_flags(arguments, "runs/ar", 50, "validation losses and sample pictures", 10000)
+    training.add_output_flags(arguments, "runs/ar", 50, "validation losses and sample pictures", 10000)
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 
 
@@ -141,7 +142,7 @@ def main():
     # Data
     codes, val_codes, tokenizer = open_caches(args)
     order = data.SampleOrder(len(codes), args.seed)
-    epoch_steps, total = runtime.run_length(args, len(codes))
+    epoch_steps, total = training.run_length(args, len(codes))
 
     # Model
     runtime.seed_everything(args.seed)
@@ -180,7 +181,7 @@ def main():
     saved = {"model": model, "optimizer": optimizer, "scaler": scaler}  # by their names in the file
     carried = {"config": asdict(tokenizer.config), "state": tokenizer.state_dict()}
     contents = {"kind": "ar", "config": asdict(config), "class_names": codes.classes, "tokenizer": carried}
-    run = Run(rt, args, settings, MAY_CHANGE, saved, **contents)
+    run = training.Run(rt, args, settings, MAY_CHANGE, saved, **contents)
     parameters = sum(p.numel() for p in model.parameters())
     rt.say(
         f"{parameters / 1e6:.1f} M parameters; {len(codes)} pictures, {epoch_steps} steps an epoch, {total} steps; "

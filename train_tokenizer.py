@@ -22,7 +22,7 @@ import data
 import fast
 import losses
 import runtime
-from checkpoint import Run
+import training
 from fast.graphs import Gradients, Graphs
 from runtime import UserError, at_least
 from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig, Upsampler
@@ -75,7 +75,7 @@ def parse(argv=None):
     together = "codebook entropy of all devices' micro-batches together, not of each one's; accumulated ones stay apart"
     add("--global-entropy", action="store_true", help=together)
     add = arguments.add_argument_group("schedule").add_argument
-    runtime.add_length_flags(add)
+    training.add_length_flags(add)
     add("--lr", type=at_least(0, float), help="learning rate of both Adams")
     add("--lr-drops", type=at_least(0, float), nargs="*", help="epochs after which the learning rate falls to a tenth")
     add("--ema", type=at_least(0, float, 1), help="decay of the moving average of all trained parameters, per step")
@@ -83,7 +83,7 @@ def parse(argv=None):
     fast_help = "compile small parts, replay passes as CUDA graphs (not with --global-entropy on several devices); "
     fast_help += "default: on a GPU, for runs of 500 steps or more"
     add("--compile", action=argparse.BooleanOptionalAction, help=fast_help)
-    runtime.add_output_flags(arguments, "runs/tokenizer", 20, "evaluations and reconstruction pictures", 1000)
+    training.add_output_flags(arguments, "runs/tokenizer", 20, "evaluations and reconstruction pictures", 1000)
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 
 
@@ -125,7 +125,7 @@ def main():
     # Data
     pictures = data.open_pictures(args.data, args.size, train=True, seed=args.seed)
     val_pictures = data.open_pictures(args.val_data or args.data, args.size, train=False, seed=args.seed)
-    epoch_steps, total = runtime.run_length(args, len(pictures))
+    epoch_steps, total = training.run_length(args, len(pictures))
 
     # Models
     runtime.seed_everything(args.seed)
@@ -162,7 +162,7 @@ def main():
         saved |= {name: module, f"{name}_ema": average[name], f"optimizer_{name}": optimizers[name]}
     settings = vars(args) | {"pictures": len(pictures), "total_steps": total}
     settings |= {"pictures_hash": data.identity(pictures)}
-    run = Run(rt, args, settings, MAY_CHANGE, saved, kind="tokenizer", config=asdict(config))
+    run = training.Run(rt, args, settings, MAY_CHANGE, saved, kind="tokenizer", config=asdict(config))
     rt.say(
         f"{len(pictures)} pictures, {epoch_steps} steps an epoch, {total} steps; global batch {args.global_batch} = "
         f"{rt.world} process(es) x {args.micro_batch} x {accumulation} accumulated"

@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import checkpoint
 import data
 import runtime
+import training
 
 TOKENIZER = TOKENIZER.replace("--workers 1", "--workers 0").replace("--save-every 3", "--save-every 1").split()
 AR = AR.replace("--save-every 3", "--save-every 1").split()
@@ -174,7 +175,7 @@ def test_lines_that_are_no_log_lines_are_passed_over(run_folder, tmp_path, line)
     with open(out / "log.jsonl", "ab") as log:
         log.write(line.encode(errors="surrogateescape") + b"\n")
     rt = runtime.Runtime(torch.device("cpu"))
-    runtime.RunLog(rt, out, 8, 4, 8).close()
+    training.RunLog(rt, out, 8, 4, 8).close()
     assert log_lines(out) == log_lines(run_folder)
 
 
