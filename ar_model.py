@@ -89,7 +89,6 @@ class RMSNorm(nn.Module):
 
 def rotary_table(grid, head_width, device=None):
     """cos and sin of the 2D rotary embedding, (2, grid^2 + 1, D/2) float32.
-
     Grid place t stands at position t + 1. The first D/4 rotation pairs turn by row * frequency, the others by column *
     frequency, frequencies 1 / 10000^(2j / (D/2)), j = 0..D/4-1."""
     half = head_width // 2
@@ -225,7 +224,6 @@ class ARTransformer(nn.Module):
 
     def forward(self, sub_indices, class_labels):
         """Teacher forcing: logits of every token given its class, the tokens before it, and for post its pre.
-
         sub_indices: pre and post, (B, N) integers each, N up to grid^2. class_labels: (B,) in 0..num_classes. Returns
         [logits_pre (B, N, V_pre), logits_post (B, N, V_post)]. In train mode classes and tokens drop out, drawn from
         torch's global generator. Raises UserError where N is larger than the grid."""
@@ -259,7 +257,6 @@ class ARTransformer(nn.Module):
         seeds=None, max_tokens=None,
     ):  # fmt: skip
         """Draw images' tokens, with classifier-free guidance; always in eval mode.
-
         class_labels: (B,) in 0..num_classes. Every option is a pair (pre, post): `cfg_scale`, where (1, 1) is no
         guidance and runs no null branch; `temperature` > 0; `top_k`, 0 is off; `top_p` in (0, 1], 1 is off. seeds: one
         integer an image (0..B-1 where None); an image is a function of its seed, class and options, not of its batch.
@@ -324,7 +321,6 @@ class SubTokenOptions(NamedTuple):
 @fast.path("decode.draw_tokens")
 def draw_tokens(model, labels, uniforms, options, tokens):
     """Draw B images' tokens, one after the other. Nothing in here waits for the device.
-
     labels (rows,), uniforms (B, grid^2, 2), options: the two sub-tokens' `SubTokenOptions`. Returns the sub-tokens (B,
     tokens, 2) int64, and the two logits (rows, V) of the last token."""
     rotary, config, drawn = model.rotary(), model.config, []
@@ -351,10 +347,8 @@ def draw_tokens(model, labels, uniforms, options, tokens):
 
 def filter_logits(logits, top_k=0, top_p=1.0):
     """Logits (..., V) with what top-k and then top-p leave out set to -inf; at least one entry stays.
-
     top_k: keep logits that reach the k-th largest (0: all). top_p: keep the smallest set of the likeliest entries whose
-    probability, after top-k, passes p (1: all).
-    """
+    probability, after top-k, passes p (1: all)."""
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -369,9 +363,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 def draw(logits, uniforms):
     """An entry of softmax(logits) by inverse CDF: logits (B, V), uniforms (B,) in [0, 1) -> (B,) int64.
-
-    It is the first entry whose cumulative probability, of the uniforms' type, passes u; never one of probability 0.
-    """
+    It is the first entry whose cumulative probability, of the uniforms' type, passes u; never one of probability 0."""
     likelihood = logits.to(uniforms.dtype).softmax(-1)
     # Out are entries of probability 0: a GPU's parallel sums may step up there by rounding.
     cumulative = likelihood.cumsum(-1).masked_fill(likelihood == 0, 0)
@@ -389,7 +381,6 @@ def image_uniforms(seeds, tokens):
 # --- Reading files ----------------------------------------------------------------------------------------------------
 def load_ar(path_or_name, config=None):
     """(ARTransformer, Tokenizer or None), both in eval mode and on the CPU. The tokenizer is the one in the file.
-
     path_or_name: a released name ("B", "L", "XL"), a released transformer file, this project's own file or run folder,
     or a bare state dict of any of these. B, L and XL are known by their width, own files carry their configuration and
     the classes' names (`class_names`, else None); a bare state dict of another width needs `config`. Raises UserError

@@ -82,7 +82,6 @@ def _archive(file):
 
 def read_weights(path):
     """The content of a weights file, on the CPU, as plain tensors and containers.
-
     Reads with `weights_only=True`. A file that holds foreign objects (the released ones were written by PyTorch
     Lightning) is read once more, with each of them turned into an inert placeholder and a warning that names their
     types; in torch's format of before 1.6 it is refused. Nothing in a file is ever imported or called. Raises UserError

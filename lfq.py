@@ -66,7 +66,6 @@ class ExactProduct(torch.autograd.Function):
 
 def pattern_probabilities(p, q):
     """Probability of each pattern of k independent signs, (N, k) and (N, k) -> (N, 2^k); pattern j's sign i is bit i.
-
     p, q: probability of + and of -."""
     pairs, table = torch.stack([q, p], 1), p.new_ones(len(p), 1)
     for i in range(p.shape[1]):

@@ -100,8 +100,7 @@ class LPIPS(nn.Module):
     """Perceptual distance of two pictures (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1), 0 for equal ones. Frozen.
 
     network: "vgg" (stage I's loss) or "alex" (the usual choice for evaluation). The weights are random until loaded:
-    see `load_lpips`.
-    """
+    see `load_lpips`."""
 
     def __init__(self, network="vgg"):
         super().__init__()
@@ -142,7 +141,6 @@ def tap_distance(a, b, weight):
 
 def load_lpips(network="vgg", path=None):
     """LPIPS with its published weights.
-
     path: a file that holds them all (a released tokenizer file, for "vgg", or a saved state dict of `LPIPS`); None:
     torchvision's backbone and the v0.1 heads, downloaded once into torch's hub cache. Raises UserError naming the file
     or, offline, the address and the place to put the file."""
@@ -178,8 +176,7 @@ class PatchDiscriminator(nn.Module):
     """PatchGAN: (B, 3, H, W) -> one logit a patch, (B, 1, H/8 - 2, W/8 - 2) for sides that 8 divides.
 
     BatchNorm is per device and stays in train mode throughout training, also when D scores the generator; x and y go
-    through in separate forwards.
-    """
+    through in separate forwards."""
 
     def __init__(self):
         super().__init__()
@@ -251,10 +248,8 @@ def generator_loss(
     x, y, quantizer_losses, lpips=None, discriminator=None, gan_weight=0.1, entropy_weight=0.1, commitment_weight=0.25
 ):
     """The generator's loss on one micro-batch, and its terms by name (detached scalars, unweighted).
-
     quantizer_losses: as `lfq.LFQ` returns them. lpips, discriminator: None leaves that term out. The weights are the
-    paper's.
-    """
+    paper's."""
     absolute = (x - y).abs()
     terms = {"l1": absolute.mean()}
     loss = terms["l1"]
@@ -272,9 +267,7 @@ def generator_loss(
 
 def discriminator_loss(logits_real, logits_fake, lecam, lecam_weight):
     """Hinge plus weighted LeCAM on one micro-batch, and the terms by name (detached; LeCAM unweighted).
-
-    logits_real, logits_fake: D(x) and D(y), y detached, (B, 1, h, w).
-    """
+    logits_real, logits_fake: D(x) and D(y), y detached, (B, 1, h, w)."""
     logits_real, logits_fake = _wide(logits_real), _wide(logits_fake)
     hinge = 0.5 * (relu(1 - logits_real).mean() + relu(1 + logits_fake).mean())
     regularizer = lecam(logits_real, logits_fake)

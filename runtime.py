@@ -131,7 +131,6 @@ def _launched():
 
 def _fresh_store(rank, world):
     """The store through which this launch's ranks find one another.
-
     torchrun keeps one store over all its restarts, and restarted ranks would find in it the addresses of those before
     them, and fail or wait for them. So rank 0 offers a prefix that was never used, each other rank answers with a name
     of its own, and an offer whose list of answers lacks that name is an old one."""
@@ -187,7 +186,6 @@ def exact_float32(device):
 
 def set_precision(rt, precision):
     """The precision to use: `precision`, or bf16 on an accelerator and fp32 on a CPU where it is None.
-
     Whichever it is, float32 means float32 in this process from now on. That costs bf16 and fp16 nothing: autocast
     computes their products in half precision, and those few that it leaves in float32 are not to be rounded."""
     precision = precision or ("fp32" if rt.device.type == "cpu" else "bf16")

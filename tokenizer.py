@@ -307,7 +307,6 @@ def _released(entries, source, ema):
 
 def tokenizer_from_entries(entries, source, config=None):
     """A Tokenizer in eval mode from its `encoder.*` and `decoder.*` entries; the size is read off their shapes.
-
     Raises UserError naming `source`, the entries that are missing, unexpected or wrongly shaped, and the size."""
     config = config or _config_of(entries, source)
     if len(config.widths) * config.blocks_per_level > len(entries):  # before so many are built

@@ -103,7 +103,6 @@ def learning_rate(
     iteration, peak, iterations_an_epoch, epochs, warmup_epochs, warmup_start=0.005, flat=0.05, floor=0.1
 ):
     """Learning rate of an iteration, counted from 0.
-
     A linear warm-up from warmup_start * peak over `warmup_epochs`, rounded to whole iterations; then, over the
     iterations that remain, the peak for their first `flat` share, and a straight line to floor * peak, reached at the
     last iteration."""

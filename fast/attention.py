@@ -28,7 +28,6 @@ def causal(qkv, rotary, heads):
 @triton.jit
 def _turn(qkv, rotary, turned, tokens, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Turn the adjacent pairs of a token's queries and keys, a program a token.
-
     qkv (rows, N, 3, H, D) -> turned (rows, N, 2, H, D), with rotary (2, N, D/2)."""
     token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h, d, pair = tl.arange(0, BLOCK), tl.arange(0, D), tl.arange(0, D // 2)

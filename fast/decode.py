@@ -42,7 +42,6 @@ def forget(model):
 @triton.jit
 def _share(x, weight, y, rows, N, K, SHARES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """y[s] = x weight^T over the s-th of SHARES parts of K; a program BN columns of one.
-
     x (rows, K), up to BM rows; weight (N, K); y (SHARES, rows, N) float32."""
     m, n, k = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     share = tl.program_id(1)
@@ -78,10 +77,8 @@ def _attend(
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rotate this position's query and key, put key and value into the cache, attend to positions 0..this one.
-
     qkv (rows, 3 H D); rotary (2, table, D/2); keys, values (rows, H, length, D), of a key the even entries before the
-    odd ones; y (rows, H D). A program a row and head; softmax on the way, as blocks of the cache come in.
-    """
+    odd ones; y (rows, H D). A program a row and head; softmax on the way, as blocks of the cache come in."""
     row, head = tl.program_id(0), tl.program_id(1)
     here = tl.load(position)
     pair, i, k = tl.arange(0, D // 2), tl.arange(0, D), tl.arange(0, BLOCK)
@@ -123,7 +120,6 @@ def _draw(
     PART: tl.constexpr, GUIDE: tl.constexpr, TWICE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Guidance, temperature and the draw by inverse CDF, in float64, as `ar_model.draw`; a program an image.
-
     logits (rows, V); uniforms (B, N, 2); the sub-token goes to drawn (2, B, N). The next input of the image's rows goes
     to x (rows, d): after pre its embedding, after post the sum of both."""
     image = tl.program_id(0)
@@ -210,7 +206,6 @@ class Decoder:
 
     def _deltas(self, x, weight):
         """x weight^T as (shares, rows, d), to be summed by `_add_norm`.
-
         A few rows and columns are too little for all multiprocessors, unless K too is shared out."""
         (rows, K), N = x.shape, len(weight)
         if rows > 128 or N > 1024 or N % 32 or K % 256:
