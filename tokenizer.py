@@ -233,7 +233,8 @@ class Tokenizer(nn.Module):
     def decode(self, indices):
         """Indices (B, h, w) -> images (B, 3, H, W), about [-1, 1], unclamped."""
         dtype = self.decoder.conv_in.weight.dtype
-        return self.decoder(indices_to_codes(indices, self.config.bits, dtype).movedim(-1, 1))
+        codes = indices_to_codes(indices, self.config.bits, dtype)  # (B, h, w, K)
+        return self.decoder(codes.movedim(-1, 1).contiguous())
 
     def forward(self, images):
         quantized, indices, losses = self.quantize(images)
