@@ -1,17 +1,14 @@
 """Pictures and codes for every stage: picture folders, the order of samples, batches, the code cache.
 
     pictures = open_pictures("imagenet/train", size=256, train=True)    # or "glyphs", "glyphs:4000:ABCDEFGH"
-    for micro_batches in training_batches(pictures, seed=0, global_batch=256, micro_batch=8, rank=0, world=1,
-                                          first_step=0, total_steps=1000, workers=8):
-        for batch in micro_batches: ...                                 # a `Batch`: uint8 (b, 3, S, S), int64 (b,)
+    for micro_batches in training_batches(pictures, seed=0, ...):       # a step's list of `Batch`es
     codes = open_codes("codes/train")                                   # written by encode.py
     indices, labels = codes.batch(SampleOrder(len(codes), seed=0).at(0, 96), seed=0)
 
 Nothing here keeps a random state: the order of samples is a function of (seed, epoch), a crop of (seed, epoch, index).
 So a run goes on from any step, with any number of workers.
 
-Letters: b pictures in a batch, S side in pixels, h w latent grid.
-"""
+Letters: b pictures in a batch, S side in pixels, h w latent grid."""
 
 import contextlib
 import functools
@@ -21,7 +18,6 @@ import math
 import multiprocessing.queues
 import os
 import signal
-import stat
 import sys
 import warnings
 from pathlib import Path
@@ -33,13 +29,15 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from runtime import Unreadable, UserError, printable, reading, reason_of, split_batch
+from glyphs import Glyphs
+from runtime import UserError, printable, reading, reason_of, split_batch
 
 EXTENSIONS = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp"  # in capitals too
 # Pillow goes by content, not by name, and would hand PostScript to an interpreter: it may open these only.
 FORMATS = sorted({Image.registered_extensions().get(extension) for extension in EXTENSIONS.split()} - {None})
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: editors write megabytes of history
 BAD_SHARE = 0.01  # of a data set's pictures may be unreadable; more stops the run
+_named = set()  # (source, name) of unreadable pictures that this process has named: an evaluation meets them again
 
 # First number of each random stream's seed: keeps apart what is drawn from equal numbers behind it. 2 is glyphs.py's.
 ORDER, CROP, CODE_CROP = 0, 1, 3
@@ -73,21 +71,17 @@ def picture_grid(images, columns):
 def open_pictures(source, size, train, seed=0, labelled=True):
     """The pictures of `source` at `size` x `size` pixels, as a map-style dataset.
 
-    source: a folder with one folder a class (pictures at any depth below), or built-in `glyphs`,
-        `glyphs:COUNT`, `glyphs:COUNT:CLASSES` (a folder of that name is `./glyphs`).
-    train: folders: a random crop, a function of (seed, epoch, index), instead of the centre crop; glyphs:
-        other pictures than with False.
+    source: a folder with one folder a class (pictures at any depth below), or built-in `glyphs`, `glyphs:COUNT`,
+        `glyphs:COUNT:CLASSES` (a folder of that name is `./glyphs`).
+    train: a random crop, a function of (seed, epoch, index), instead of the centre crop; glyphs: other pictures.
     labelled: False takes any picture at any depth of a folder, with label 0 of the one class "all".
 
     Returns a dataset with `len()`, `.source`, `.classes` (names; folders sorted), `.labels` (int64 array), `.shape`
     (H, W), `.name(index)`, and `dataset[epoch, index]` -> (uint8 tensor (3, S, S), label), which raises whatever Pillow
-    raises for an unreadable picture. Raises UserError where none can be read.
-    """
+    raises for an unreadable picture. Raises UserError where none can be read."""
     if size < 1 or seed < 0:
         raise UserError(f"image size must be positive and the seed not negative, not {size} and {seed}")
     if str(source).split(":")[0] == "glyphs":
-        from glyphs import Glyphs
-
         return Glyphs(str(source), size, train, seed)
     return PictureFolder(source, size, train, seed, labelled)
 
@@ -99,36 +93,32 @@ class PictureFolder:
         self.source, self.size, self.train, self.seed = Path(source), size, train, seed
         self.shape = size and (size, size)
         found = _pictures_by_class(self.source)
-        loose = found.pop(".")
         if not labelled:
-            found = {"all": loose + [path for paths in found.values() for path in paths]}
-        empty = [name for name, paths in found.items() if not paths]
-        if empty and labelled:
-            words = f"({EXTENSIONS}; a folder linked to twice counts once): fill or remove it"
-            raise UserError(f"class folder {self.source / empty[0]} holds no pictures {words}")
-        if loose and not found:
-            words = f"its {len(loose)} pictures lie directly in it; put those of each class in a folder of their own"
+            found = {".": [path for paths in found.values() for path in paths]}
+        elif len(found) > 1:
+            del found["."]  # pictures beside the class folders
+        elif found["."]:
+            words = f"its {len(found['.'])} pictures lie directly in it; give each class a folder of its own"
             raise UserError(f"{source} has no class folders, {words}")
-        if empty or not found:
-            raise UserError(f"the folder {source} holds no pictures ({EXTENSIONS})")
-        self.classes = list(found)
+        for name, paths in found.items():
+            if not paths:
+                words = f"({EXTENSIONS}; a folder linked to twice counts once)"
+                raise UserError(f"the folder {self.source / name} holds no pictures {words}")
+        self.classes = list(found) if labelled else ["all"]
         # One flat array, because a list of a million strings is copied into every worker as it is touched.
         self.paths = np.array([os.fsencode(path) for paths in found.values() for path in sorted(paths)])
         self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()])
         self._last = None, None  # index and picture
-        # Fail now, not in a worker: more than 1 % unreadable would stop the run anyway.
-        probe = min(len(self), 100 + int(BAD_SHARE * len(self)))
-        readable = (index for index in range(probe) if not read_batch(self, [(0, index)]).unreadable)
-        self.first_readable = next(readable, None)
-        if self.first_readable is None:
-            reason = f"{self.name(0)}: {read_batch(self, [(0, 0)]).unreadable[0]}"
-            raise UserError(f"not one of the first {probe} pictures in {source} can be read; {reason}")
+        # Fail now, not in a worker.
+        first = read_batch(self, [(0, 0)], enough_tries(self))
+        if not len(first.images):
+            words = f"can be read; {self.name(0)}: {first.unreadable[0]}"
+            raise UserError(f"not one of the first {enough_tries(self)} pictures in {source} {words}")
 
     def __len__(self):
         return len(self.paths)
 
     def name(self, index):
-        """The picture's path below the folder."""
         return os.fsdecode(self.paths[index])
 
     def __getitem__(self, entry):
@@ -148,40 +138,33 @@ def _pictures_by_class(source):
 
     Hidden files and folders are left out. Links to folders are followed, after all that is there without them, and to
     no folder that was seen before: neither a loop nor a second way adds pictures."""
-    found, seen, tops = {".": []}, set(), [source]
+    found, seen, tops = {}, set(), [source]
     for top in tops:  # grows by the links on the way
         for folder, inside, files in os.walk(top, onerror=_stop):
             place, below = os.path.realpath(folder), os.path.relpath(folder, source)
+            paths = found.setdefault(below.split("/")[0], [])
             if place in seen:
                 inside.clear()
                 continue
             seen.add(place)
             inside[:] = sorted(name for name in inside if not name.startswith("."))
             tops += [f"{folder}/{name}" for name in inside if os.path.islink(f"{folder}/{name}")]
-            if below == ".":
-                found |= {name: [] for name in inside}
-            found[below.split("/")[0]] += [
-                os.path.normpath(f"{below}/{name}")
-                for name in files
-                if os.path.splitext(name)[1].lower() in EXTENSIONS.split() and not name.startswith(".")
-            ]
-    return found
+            shown = [name for name in files if not name.startswith(".")]
+            pictures = [name for name in shown if os.path.splitext(name)[1].lower() in EXTENSIONS.split()]
+            paths += [os.path.normpath(f"{below}/{name}") for name in pictures]
+    return dict(sorted(found.items()))
 
 
 def _stop(error):
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        raise UserError(f"there is no picture folder {error.filename}")
-    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+    raise UserError(f"there is no picture folder {error.filename} that can be read: {error.strerror}")
 
 
 def identity(pictures):
     """sha256 of what a data set holds, by which a run is resumed on the same pictures: the names of its classes, names
     and labels of its pictures in order. Not of where it lies, nor of its pixels."""
-    digest = hashlib.sha256()
-    entries = (f"{label} {pictures.name(index)}" for index, label in enumerate(pictures.labels))
-    for text in (*pictures.classes, "", *entries):
-        digest.update(text.encode(errors="surrogateescape") + b"\0")
-    return digest.hexdigest()
+    entries = [f"{label} {pictures.name(index)}" for index, label in enumerate(pictures.labels)]
+    text = "\0".join([*pictures.classes, "", *entries, ""])
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 @contextlib.contextmanager
@@ -190,105 +173,86 @@ def opened(path):
     damaged, no picture, or so large that Pillow takes it for a decompression bomb."""
     # Without waiting: opening a named pipe would, for somebody who writes into it.
     with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        if not os.path.isfile(file.fileno()):
             raise ValueError("it is no plain file")
-        with warnings.catch_warnings():
-            # Palettes with transparency, broken EXIF, sizes short of a bomb: nothing that changes pixels.
-            warnings.simplefilter("ignore")
+        # Palettes with transparency, broken EXIF, sizes short of a bomb: nothing that changes pixels.
+        with warnings.catch_warnings(action="ignore"):
             try:
                 picture = Image.open(file, formats=FORMATS)
             except UnidentifiedImageError:
                 raise ValueError(f"it is not a picture that Pillow reads as {', '.join(FORMATS)}") from None
-            with picture:
-                yield picture
+            yield picture
 
 
 def load_rgb(path):
-    """The picture at `path` in RGB, as Pillow converts it (first frame; transparency dropped).
-
-    EXIF orientation is not applied: the published loader does not. Raises as `opened` does."""
+    """The picture at `path` in RGB, as Pillow converts it (first frame; transparency dropped; EXIF orientation not
+    applied, as in the published loader). Raises as `opened` does."""
     with opened(path) as picture:
-        if picture.mode[0] in "IF":
-            picture = _grey(picture)
-        return picture.convert("RGB")
-
-
-def _grey(picture):
-    """16-bit grey in 8 bits: the high byte, as Pillow itself takes of 16-bit colour. Its convert clips at 255, which
-    leaves a white picture."""
-    tiff = getattr(picture, "tag_v2", {})
-    if picture.mode == "F" or (picture.mode == "I" and tiff):
-        raise ValueError("its grey levels are floats, signed or of 32 bits: which is white, no file says")
-    bits_per_sample, photometric = tiff.get(258, (16,))[0], tiff.get(262)
-    levels = (np.asarray(picture).clip(0, 65535) >> (bits_per_sample - 8)).astype(np.uint8)
-    return Image.fromarray(255 - levels if photometric == 0 else levels)  # 0: white is zero
+        if picture.mode[0] not in "IF":
+            return picture.convert("RGB")
+        # 16-bit grey, which convert would clip at 255 to a white picture. Take the high byte, as Pillow does of colour.
+        tiff = getattr(picture, "tag_v2", {})
+        if picture.mode == "F" or (picture.mode == "I" and tiff):
+            raise ValueError("its grey levels are floats, signed or of 32 bits: which is white, no file says")
+        bits_per_sample, photometric = tiff.get(258, (16,))[0], tiff.get(262)
+        levels = (np.asarray(picture).clip(0, 65535) >> (bits_per_sample - 8)).astype(np.uint8)
+        return Image.fromarray(255 - levels if photometric == 0 else levels).convert("RGB")  # 0: white is zero
 
 
 def resize_and_crop(picture, size, rng=None):
-    """Short side to `size` (bilinear, the long side rounded down), then a `size` x `size` crop: random, from the
-    generator `rng`, or centred where that is None. Pillow picture in, Pillow picture out. Raises ValueError where a
-    line of pixels would take gigabytes when enlarged."""
-    short = min(picture.size)
-    width, height = (int(size * side / short) for side in picture.size)
+    """A Pillow picture's short side to `size` (bilinear, the long side rounded down), then a crop of `size` x `size`:
+    centred, or random by the generator `rng`. Raises ValueError where a line of pixels would become gigabytes."""
+    width, height = (int(size * side / min(picture.size)) for side in picture.size)
     if width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"enlarged to size it would have {width * height / 1e6:.0f} million pixels")
-    if rng is None:
-        left, top = round((width - size) / 2.0), round((height - size) / 2.0)
-    else:
-        left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
+    spare = width - size, height - size
+    left, top = (int(rng.integers(pixels + 1)) if rng else round(pixels / 2) for pixels in spare)
     resized = picture.resize((width, height), Image.Resampling.BILINEAR)
     return resized.crop((left, top, left + size, top + size))
 
 
-_named = set()  # unreadable pictures that this process has named: an evaluation may meet them again
+def enough_tries(pictures):  # so many unreadable ones in a row are more than BAD_SHARE, or all there are
+    return min(len(pictures), 100 + int(BAD_SHARE * len(pictures)))
 
 
 class BadPictures:
     """Counts a run's unreadable pictures: `add` each batch's, `check` now and then, `report` at the end."""
 
     def __init__(self, dataset):
-        self.dataset, self.count, self.seen, self.first_reason = dataset, 0, {}, ""  # seen: index -> name
+        self.dataset, self.count, self.seen = dataset, 0, {}  # seen: index -> "name (reason)"
 
     def add(self, unreadable):
         """Count these, {index: reason}; name each on stderr the first time."""
         self.count += len(unreadable)
         for index, reason in unreadable.items():
             name = os.fsencode(self.dataset.name(index)).decode(errors="backslashreplace").replace("\n", "\\n")
-            self.seen[index] = name
-            self.first_reason = self.first_reason or reason
+            self.seen[index] = f"{name} ({reason})"
             if (self.dataset.source, name) not in _named:
                 _named.add((self.dataset.source, name))
                 tqdm.write(printable(f"warning: unreadable picture skipped: {name} ({reason})"), file=sys.stderr)
 
-    def check(self, total=None, epochs=1):
-        """Raise UserError where more than 1 % of the pictures are unreadable.
-
-        total: `.count` summed over ranks (this rank's, if None). epochs: how many were drawn from, the one begun
-        included; as a picture comes once an epoch, 1 % or fewer never stop a run."""
-        total = self.count if total is None else int(total)
+    def check(self, total, epochs=1):
+        """Raise UserError where more than 1 % of the pictures are unreadable. total: `.count` summed over ranks.
+        epochs: how many were drawn from, the one begun included: each has every picture once, so 1 % stop no run."""
         if total > BAD_SHARE * len(self.dataset) * epochs:
-            examples = f" (for instance {self._names()}; the first: {self.first_reason})" if self.seen else ""
-            raise UserError(
-                f"more than {BAD_SHARE:.0%} of the {len(self.dataset)} pictures in {self.dataset.source} "
-                f"cannot be read{examples}; repair or remove them, then run again"
-            )
+            share = f"more than {BAD_SHARE:.0%} of the {len(self.dataset)} pictures in {self.dataset.source}"
+            raise UserError(f"{share} cannot be read{self._examples()}; repair or remove them, then run again")
 
-    def report(self, seen_by_all=()):
-        """The closing line. seen_by_all: every rank's `.seen`, where others have read pictures too."""
+    def report(self, seen_by_all):
+        """The closing line. seen_by_all: every rank's `.seen`."""
         for seen in seen_by_all:
             self.seen |= seen
-        return f"unreadable pictures: {f'{len(self.seen)} ({self._names()})' if self.seen else 'none'}"
+        return f"unreadable pictures: {len(self.seen) or 'none'}{self._examples()}"
 
-    def _names(self):
-        names = list(self.seen.values())
-        return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    def _examples(self):
+        pictures = ", ".join(list(self.seen.values())[:3]) + (", ..." if len(self.seen) > 3 else "")
+        return f" ({pictures})" if pictures else ""
 
 
 # --- Order and batches ------------------------------------------------------------------------------------------------
 class SampleOrder:
-    """The order of samples of a whole run: sample s is entry s % count of epoch s // count's permutation.
-
-    Within an epoch no picture is repeated or skipped, batches straddle epochs, starting at any step is free."""
+    """The samples of a whole run: number s is entry s % count of epoch s // count's permutation. So an epoch has each
+    picture once, batches straddle epochs, starting at any step is free."""
 
     def __init__(self, count, seed):
         self.count, self.seed = count, seed
@@ -305,52 +269,41 @@ def _permutation(count, seed, epoch):
 
 
 class Batch(NamedTuple):
-    """Pictures of one batch; `unreadable` ones by their index, with the reason."""
-
     images: torch.Tensor  # uint8 (b, 3, H, W)
     labels: torch.Tensor  # int64 (b,)
     indices: torch.Tensor  # int64 (b,), as asked for
-    unreadable: dict  # index -> reason
+    unreadable: dict  # index -> reason, of pictures that are not among the images
 
 
-def read_batch(pictures, entries, full=False):
-    """The `Batch`, of NumPy arrays, of a list of (epoch, index). Unreadable pictures are left out; with `full` (CUDA
-    graphs want constant shapes) others take their places, and it is shorter only where no picture can be read."""
+def read_batch(pictures, entries, tries=1):
+    """The `Batch`, of NumPy arrays, of a list of (epoch, index). In the place of an unreadable picture stands the next
+    readable one of the `tries` pictures from it on, a function of the entry alone; else it is left out."""
     samples, unreadable = [], {}
     for epoch, index in entries:
-        # The next readable one of the data set takes the place: a function of the entry alone.
-        for place in range(index, index + (len(pictures) if full else 1)):
+        for place in range(index, index + tries):
             try:
                 samples.append((*pictures[epoch, place % len(pictures)], index))
                 break
             except Exception as error:  # noqa: BLE001 (Pillow's readers raise a dozen types for damaged files)
                 unreadable.setdefault(index, reason_of(error))
-        else:
-            if full:
-                break
-    images = [image for image, _, _ in samples]
+    images, labels, indices = zip(*samples) if samples else ((), (), ())
     images = torch.stack(images) if images else torch.zeros(0, 3, *(pictures.shape or (0, 0)), dtype=torch.uint8)
-    labels, indices = (np.array([sample[i] for sample in samples], np.int64) for i in (1, 2))
-    return Batch(images.numpy(), labels, indices, unreadable)
+    return Batch(images.numpy(), np.array(labels, np.int64), np.array(indices, np.int64), unreadable)
 
 
 def training_batches(dataset, seed, global_batch, micro_batch, rank, world, first_step, total_steps, workers=0):
-    """This rank's micro-batches of steps first_step (0-based) .. total_steps - 1: yields for each step a list of
-    global_batch / (micro_batch * world) full batches (see `read_batch`).
+    """Yields for each of the steps first_step (0-based) .. total_steps - 1 this rank's micro-batches. Others take
+    unreadable pictures' places, as CUDA graphs want one shape. Raises UserError where the sizes do not divide.
 
-    Micro-batch m of a step holds samples step * global_batch + m * micro_batch and on, whoever draws it; rank r has
-    those from m = r * accumulation. So two ranks with one micro-batch each see exactly what one rank with two sees.
-    Nothing depends on `workers`. Raises UserError where the batch sizes do not divide."""
-    accumulation = split_batch(global_batch, micro_batch, world)
-
-    def entries():
-        order = SampleOrder(len(dataset), seed)
-        for step in range(first_step, total_steps):
-            for m in range(rank * accumulation, (rank + 1) * accumulation):
-                yield order.at(step * global_batch + m * micro_batch, micro_batch)
-
-    batches = _loader(dataset, entries(), micro_batch, workers)
-    return ([next(batches) for _ in range(accumulation)] for _ in range(first_step, total_steps))
+    A step's global batch is cut into a share for each rank in turn, and that into micro-batches. So two ranks with one
+    micro-batch each see exactly what one rank with two sees. Nothing depends on `workers`."""
+    split_batch(global_batch, micro_batch, world)
+    share = global_batch // world
+    order, steps = SampleOrder(len(dataset), seed), range(first_step, total_steps)
+    places = range(rank * share, (rank + 1) * share, micro_batch)  # where this rank's micro-batches begin in a step's
+    entries = (order.at(step * global_batch + place, micro_batch) for step in steps for place in places)
+    batches = _loader(dataset, entries, micro_batch, workers)
+    return ([next(batches) for _ in places] for _ in steps)
 
 
 def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None, crops=1):
@@ -358,17 +311,14 @@ def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None,
 
     Unreadable pictures are left out and listed, so b may be less than `batch`, even 0. indices: these pictures only
     (before sharing out). crops: each picture so often in a row, with the crops of epochs 0 .. crops - 1; `batch` counts
-    pictures, so b is up to batch * crops.
-    """
-    share = np.array_split(np.arange(len(dataset)) if indices is None else np.asarray(indices), world)[rank].tolist()
+    pictures, so b is up to batch * crops."""
+    share = np.array_split(range(len(dataset)) if indices is None else indices, world)[rank].tolist()
     entries = [(crop, index) for index in share for crop in range(crops)]
     each = batch * crops
     return _loader(dataset, (entries[i : i + each] for i in range(0, len(entries), each)), 0, workers)
 
 
-class _Entries:
-    """A data set whose item is the entry asked for: a worker hands a batch of them to `collate_fn`, which reads it."""
-
+class _Entries:  # item by item as asked for: a worker hands a list of them to `collate_fn`, which reads the batch
     def __getitem__(self, entry):
         return entry
 
@@ -381,7 +331,7 @@ def _loader(pictures, entries, full, workers):
     loader = DataLoader(
         _Entries(),
         batch_sampler=entries,
-        collate_fn=functools.partial(read_batch, pictures, full=full > 0),
+        collate_fn=functools.partial(read_batch, pictures, tries=enough_tries(pictures) if full else 1),
         num_workers=workers,  # torch gives each one thread
         pin_memory=pin,  # does not touch arrays, but has a thread take them out of the pipe
         worker_init_fn=_begin_worker,
@@ -390,7 +340,7 @@ def _loader(pictures, entries, full, workers):
     for *arrays, unreadable in loader:
         if len(arrays[0]) < full:
             reason = next(iter(unreadable.values()))
-            raise UserError(f"no picture in {pictures.source} can be read any more: {reason}")
+            raise UserError(f"too many pictures in a row in {pictures.source} cannot be read: {reason}")
         tensors = [torch.from_numpy(array) for array in arrays]
         yield Batch(*(tensor.pin_memory() if pin else tensor for tensor in tensors), unreadable)
 
@@ -411,9 +361,6 @@ def _begin_worker(worker):
 #   tokenizer.pt   the tokenizer that made them
 UNREADABLE, PENDING = -1, -2
 FORMAT, VERSION = "nanoMAGVIT2 codes", 1
-# Smallest and largest of the manifest's numbers; height and width are the grid's.
-NUMBERS = {"count": (1, 2**40), "crops": (0, 2**20), "bits": (1, 30), "size": (1, 2**20)}
-NUMBERS |= {"height": (1, 2**20), "width": (1, 2**20)}
 
 
 def codes_shape(manifest):
@@ -423,53 +370,43 @@ def codes_shape(manifest):
 def read_manifest(folder):
     """The manifest of a cache whose files have the sizes that it states; else raises UserError."""
     path = Path(folder) / "manifest.json"
-    try:
-        with reading(path, "a code cache's manifest"):
-            manifest = json.loads(path.read_bytes())
-            if manifest.get("format") != FORMAT:
-                raise ValueError(f"it does not say {FORMAT}")
-            newer = manifest["version"] > VERSION
-            numbers = manifest | dict(zip(("height", "width"), manifest["grid"], strict=True))
-            for name, (lowest, highest) in NUMBERS.items():
-                if type(numbers[name]) is not int or not lowest <= numbers[name] <= highest:
-                    raise ValueError(f"{name} is {str(numbers[name])[:40]}")
-            if type(manifest["classes"]) is not list or {type(name) for name in manifest["classes"]} != {str}:
-                raise ValueError("classes is no list of names")
-            manifest["complete"] = bool(manifest["complete"])
-    except Unreadable:
-        raise
-    except UserError as error:
-        raise UserError(f"{folder} is not a code cache ({error}): make it with encode.py") from None
-    if newer:
-        raise UserError(f"the code cache {folder} was made by a newer version of this project; update it")
+    if not path.exists():
+        raise UserError(f"{folder} is not a code cache: make it with encode.py")
+    with reading(path, "a code cache's manifest"):
+        manifest = json.loads(path.read_bytes())
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"it does not say {FORMAT}")
+        if manifest["version"] > VERSION:
+            raise UserError(f"the code cache {folder} was made by a newer version of this project; update it")
+        numbers = [manifest["count"], 1 + manifest["crops"], manifest["bits"], manifest["size"], *manifest["grid"]]
+        sound = all(type(number) is int and 1 <= number <= 2**40 for number in numbers)
+        if not sound or len(numbers) != 6 or manifest["bits"] > 30:
+            raise ValueError(f"count, 1 + crops, bits, size, height, width are {numbers}")
+        if type(manifest["classes"]) is not list or {type(name) for name in manifest["classes"]} != {str}:
+            raise ValueError("classes is no list of names")
+        manifest["complete"] = bool(manifest["complete"])
     for name, shape in (("codes.bin", codes_shape(manifest)), ("labels.bin", (manifest["count"],))):
         path, expected = Path(folder) / name, 4 * math.prod(shape)
         actual = path.stat().st_size if path.is_file() else 0
         if actual != expected:
-            words = f"has {actual} bytes, its manifest says {expected}: it is damaged"
+            words = f"has {actual} bytes, not {expected}: it is damaged"
             raise UserError(f"{path} {words}; remove {folder} and run encode.py again")
     return manifest
 
 
-def read_labels(folder):
-    with reading(Path(folder) / "labels.bin", "a code cache's labels"):
-        return np.fromfile(Path(folder) / "labels.bin", np.int32)
-
-
-class CodeDataset:
-    """The readable pictures' codes of the complete cache in `folder`; also called `open_codes`.
+class open_codes:
+    """The readable pictures' codes of the complete cache in `folder`; UserError where it is none. Scans no codes.
 
     `len()`, `.labels` (int64 array), `.classes` (names), `.grid` (h, w), `.manifest`, `.identity` (hash of what decides
-    the codes); and `.codes`, the memory map int32 (count, max(1, crops), h*w), in which `.rows` are the readable ones.
-    Raises UserError where the folder is no cache, unfinished, of a newer version, or its files are not as long as they
-    should be. (Codes are not scanned.)"""
+    the codes); `.codes`, the memory map int32 (count, max(1, crops), h*w), and `.rows`, the readable ones in it."""
 
     def __init__(self, folder):
         self.manifest = read_manifest(folder)
         if not self.manifest["complete"]:
             raise UserError(f"the code cache {folder} is incomplete: finish it by running encode.py again")
         self.classes, self.grid = self.manifest["classes"], tuple(self.manifest["grid"])
-        labels = read_labels(folder).astype(np.int64)
+        self.codes = np.memmap(Path(folder) / "codes.bin", np.int32, mode="r", shape=codes_shape(self.manifest))
+        labels = np.fromfile(Path(folder) / "labels.bin", np.int32).astype(np.int64)
         self.rows = np.flatnonzero(labels >= 0)
         self.labels = labels[self.rows]
         if not len(self.rows) or labels.min() < UNREADABLE or labels.max() >= len(self.classes):
@@ -477,9 +414,6 @@ class CodeDataset:
             raise UserError(f"{folder}/labels.bin {words}; remove {folder} and run encode.py again")
         made_of = {name: value for name, value in self.manifest.items() if name != "source"}
         self.identity = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode() + labels.tobytes()).hexdigest()
-        path = Path(folder) / "codes.bin"
-        with reading(path, "a code cache's codes"):
-            self.codes = np.memmap(path, np.int32, mode="r", shape=codes_shape(self.manifest))
 
     def __len__(self):
         return len(self.rows)
@@ -492,6 +426,3 @@ class CodeDataset:
         indices = np.array([index for _, index in entries])
         codes = self.codes[self.rows[indices], crop].astype(np.int64)
         return torch.from_numpy(codes), torch.from_numpy(self.labels[indices])
-
-
-open_codes = CodeDataset

@@ -28,8 +28,6 @@ from data import PENDING, UNREADABLE
 from runtime import UserError, at_least
 from tokenizer import load_tokenizer
 
-SECONDS_BETWEEN_LINES = 30  # where no terminal shows a bar
-
 
 def parse(argv=None):
     arguments = runtime.parser(
@@ -58,61 +56,44 @@ def parse(argv=None):
 class CodeWriter:
     """Makes a code cache (its files: see data.py), or goes on with an unfinished one; ranks write their rows together.
 
-    settings: the manifest's entries: tokenizer_hash, bits, grid [h, w], size, crops (0: the centre crop), seed,
-    classes, count, source, and whatever else decides the codes. A cache made with others (`source` apart: a folder may
-    move) is refused with a UserError naming them. Rank 0 makes its writer first."""
+    settings: the manifest's entries, which decide the codes; see `open_writer`. A cache made with others (`source`
+    apart: a folder may move) is refused with a UserError naming them. Rank 0 makes its writer first."""
 
     def __init__(self, folder, settings):
         self.folder = Path(folder)
-        self.manifest = {"format": data.FORMAT, "version": data.VERSION, **settings, "complete": False}
         if not (self.folder / "manifest.json").exists():
-            self._create()
-            return
-        old = data.read_manifest(folder)
-        changed = [
-            f"{name} {str(old.get(name))[:40]}, not {str(value)[:40]}"
-            for name, value in self.manifest.items()
-            if name not in ("source", "complete") and old.get(name) != value
-        ]
+            self._create({"format": data.FORMAT, "version": data.VERSION, **settings, "complete": False})
+        old = self.manifest = data.read_manifest(folder)
+        changed = [name for name in settings if name != "source" and old.get(name) != settings[name]]
         if changed:
-            raise UserError(f"{folder} holds codes made with {'; '.join(changed)}: give another --out, or remove it")
-        self.manifest = old
+            words = "; ".join(f"{name} {str(old.get(name))[:40]}, not {str(settings[name])[:40]}" for name in changed)
+            raise UserError(f"{folder} holds codes made with {words}: give another --out, or remove it")
 
-    def _create(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from None
-        length, free = 4 * math.prod(data.codes_shape(self.manifest)), runtime.free_gib(self.folder)
+    def _create(self, manifest):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        length, free = 4 * math.prod(data.codes_shape(manifest)), runtime.free_gib(self.folder)
         if length / 2**30 > free:
             raise UserError(f"the codes need {length / 2**30:.1f} GiB, and {self.folder} has {free:.1f} GiB free")
-        codes, labels = self.folder / "codes.bin", self.folder / "labels.bin"
+        labels = self.folder / "labels.bin"
         if labels.is_file() and not labels.is_symlink() and (self.labels() != PENDING).any():
             raise UserError(f"{self.folder} holds codes, but no manifest.json: restore it, or give another --out")
-        for path in (codes, labels):
-            path.unlink(missing_ok=True)
-        with open(codes, "xb") as file:  # x, a new file: nothing is written through a link
+        with runtime.replacing(self.folder / "codes.bin") as file:
             file.truncate(length)
-        with open(labels, "xb") as file:
-            np.full(self.manifest["count"], PENDING, np.int32).tofile(file)
-        runtime.write_json(self.folder / "manifest.json", self.manifest)  # last: with it, the other two are whole
-
-    @property
-    def complete(self):
-        return self.manifest["complete"]
+        with runtime.replacing(labels) as file:
+            np.full(manifest["count"], PENDING, np.int32).tofile(file)
+        runtime.write_json(self.folder / "manifest.json", manifest)  # last: with it, the other two are whole
 
     def labels(self):
         """int32 (count,), as they stand on file."""
-        return data.read_labels(self.folder)
+        return np.fromfile(self.folder / "labels.bin", np.int32)
 
     def todo(self):
         """Row numbers not yet encoded; unreadable ones are tried again. All ranks ask before any writes."""
         return np.flatnonzero(self.labels() < 0)
 
     def write(self, indices, codes, labels):
-        """Set whole rows: indices (b,), codes (b, max(1, crops), h*w), labels (b,). Integers, on the CPU.
-
-        A label follows once its codes are on the disk: no kill or power cut leaves a row that looks done and is not."""
+        """Set whole rows: indices (b,), codes (b, max(1, crops), h*w), labels (b,), on the CPU. A label follows once
+        its codes are on the disk: no kill or power cut leaves a row that looks done and is not."""
         self._put("codes.bin", indices, codes)
         self._put("labels.bin", indices, labels)
 
@@ -139,27 +120,16 @@ class CodeWriter:
 
 def open_writer(rt, args, tokenizer, pictures):
     """This rank's CodeWriter; the main process has made or checked the cache, with the tokenizer in it."""
-    names = "\n".join(pictures.name(index) for index in range(len(pictures)))
-    settings = {
-        "tokenizer_hash": checkpoint.hash_of(tokenizer.state_dict()),
-        "bits": tokenizer.config.bits,
-        "grid": [args.size // tokenizer.factor] * 2,
-        "size": args.size,
-        "crops": args.crops,
-        "seed": args.seed,
-        "precision": args.precision,
-        "classes": pictures.classes,
-        "count": len(pictures),
-        "picture_names_hash": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
-        "source": str(args.data),
-    }
-    if rt.main:
-        writer = CodeWriter(args.out, settings)
-        if not writer.complete:
-            content = {"kind": "tokenizer", "config": asdict(tokenizer.config), "tokenizer": tokenizer.state_dict()}
-            checkpoint.write_atomically(writer.folder / "tokenizer.pt", content)
+    names = "\n".join(pictures.name(index) for index in range(len(pictures))).encode(errors="surrogateescape")
+    settings = {"tokenizer_hash": checkpoint.hash_of(tokenizer.state_dict()), "bits": tokenizer.config.bits}
+    settings |= {"grid": [args.size // tokenizer.factor] * 2, "size": args.size, "crops": args.crops}
+    settings |= {"seed": args.seed, "precision": args.precision, "classes": pictures.classes, "count": len(pictures)}
+    settings |= {"picture_names_hash": hashlib.sha256(names).hexdigest(), "source": str(args.data)}
+    if rt.main and not CodeWriter(args.out, settings).manifest["complete"]:
+        content = {"kind": "tokenizer", "config": asdict(tokenizer.config), "tokenizer": tokenizer.state_dict()}
+        checkpoint.write_atomically(Path(args.out) / "tokenizer.pt", content)
     rt.barrier()
-    return writer if rt.main else CodeWriter(args.out, settings)
+    return CodeWriter(args.out, settings)
 
 
 def encode(rt, tokenizer, images, batch, precision):
@@ -196,7 +166,7 @@ def main():
     if args.size % tokenizer.factor:
         raise UserError(f"--size {args.size} is not a multiple of {tokenizer.factor}, this tokenizer's factor")
     writer = open_writer(rt, args, tokenizer, pictures)
-    if writer.complete:
+    if writer.manifest["complete"]:
         rt.say(f"{args.out} is already complete: {len(pictures)} pictures")
         return
     tokenizer.to(rt.device, memory_format=rt.layout)
@@ -211,7 +181,12 @@ def main():
     stop, bad = runtime.StopSignal(rt), data.BadPictures(pictures)
     bar = tqdm(total=len(todo), disable=not (rt.main and sys.stderr.isatty()), unit="pictures")
     began = spoke = time.perf_counter()
-    done = done_by_all = seconds = speed = 0
+    done = done_by_all = 0
+
+    def progress():
+        images, took = done_by_all * crops, time.perf_counter() - began
+        return f"{done_by_all} of {len(todo)} pictures, {images} images, {took:.1f} s, {images / took:.1f} images/s"
+
     for _ in range(rounds):
         batch = next(batches, None)
         if batch is not None:  # else this rank's share was smaller, and the others wait for it below
@@ -223,14 +198,12 @@ def main():
                 writer.write_unreadable(batch.unreadable)
             bad.add(batch.unreadable)
             done += len(batch.labels) // crops + len(batch.unreadable)
-        asked, done_by_all, bad_of_all = rt.reduce([stop.asked, done, bad.count])
+        asked, done_by_all, bad_of_all = map(int, rt.reduce([stop.asked, done, bad.count]))
         bad.check(bad_of_all)
-        seconds = time.perf_counter() - began
-        speed = done_by_all * crops / seconds
-        bar.update(int(done_by_all) - bar.n)
-        if bar.disable and began + seconds > spoke + SECONDS_BETWEEN_LINES:
-            spoke = began + seconds
-            rt.say(f"{done_by_all:.0f}/{len(todo)} pictures, {speed:.1f} images/s")
+        bar.update(done_by_all - bar.n)
+        if bar.disable and time.perf_counter() > spoke + 30:  # a line now and then where no terminal shows the bar
+            spoke = time.perf_counter()
+            rt.say(progress())
         if asked:
             break
     bar.close()
@@ -239,10 +212,10 @@ def main():
     if not rt.main:
         return
     if done_by_all < len(todo):
-        rt.say(f"stopped after {done_by_all:.0f} of {len(todo)} pictures; the same command goes on from here")
+        rt.say(f"stopped after {progress()}; the same command goes on from here")
         return
     writer.finish()
-    rt.say(f"{done_by_all:.0f} pictures, {done_by_all * crops:.0f} images, {seconds:.1f} s, {speed:.1f} images/s")
+    rt.say(progress())
     rt.say(f"codes used {share_used(args.out):.2%} of 2^{tokenizer.config.bits}")
     rt.say(f"unreadable pictures: {int((writer.labels() == UNREADABLE).sum()) or 'none'}")
     rt.say(f"complete: {args.out}")

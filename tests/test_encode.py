@@ -83,11 +83,11 @@ def test_a_cache_goes_on_after_a_stop(tmp_path):
     with pytest.raises(UserError, match="not finished"):
         writer.finish()
     writer = encode.CodeWriter(tmp_path / "cut", SETTINGS | {"source": "moved"})
-    assert writer.todo().tolist() == [1, 2, 3, 4, 6, 7, 8] and not writer.complete  # 3 gets another chance
+    assert writer.todo().tolist() == [1, 2, 3, 4, 6, 7, 8] and not writer.manifest["complete"]  # 3 gets another chance
     fill_rows(writer, [1, 2, 4, 6, 7, 8])
     writer.finish()
     assert content(tmp_path / "cut") == expected
-    assert encode.CodeWriter(tmp_path / "cut", SETTINGS).complete
+    assert encode.CodeWriter(tmp_path / "cut", SETTINGS).manifest["complete"]
 
 
 def test_codes_that_have_lost_their_manifest_are_not_thrown_away(tmp_path):
@@ -98,7 +98,7 @@ def test_codes_that_have_lost_their_manifest_are_not_thrown_away(tmp_path):
         encode.CodeWriter(tmp_path, SETTINGS)
     assert (tmp_path / "codes.bin").read_bytes() == before
     (tmp_path / "labels.bin").unlink()  # a creation that was cut off: nothing was encoded
-    assert not encode.CodeWriter(tmp_path, SETTINGS).complete
+    assert not encode.CodeWriter(tmp_path, SETTINGS).manifest["complete"]
 
 
 def test_two_writers_make_the_same_files_as_one(tmp_path):
