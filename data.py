@@ -79,8 +79,7 @@ def open_pictures(source, size, train, seed=0, labelled=True):
     Returns a dataset with `len()`, `.source`, `.classes` (names; folders sorted), `.labels` (int64 array), `.shape`
     (H, W), `.name(index)`, and `dataset[epoch, index]` -> (uint8 tensor (3, S, S), label), which raises whatever Pillow
     raises for an unreadable picture. Raises UserError where none can be read."""
-    if size < 1 or seed < 0:
-        raise UserError(f"image size must be positive and the seed not negative, not {size} and {seed}")
+    assert size > 0 and seed >= 0
     if str(source).split(":")[0] == "glyphs":
         return Glyphs(str(source), size, train, seed)
     return PictureFolder(source, size, train, seed, labelled)
@@ -292,13 +291,12 @@ def read_batch(pictures, entries, tries=1):
 
 
 def training_batches(dataset, seed, global_batch, micro_batch, rank, world, first_step, total_steps, workers=0):
-    """Yields for each of the steps first_step (0-based) .. total_steps - 1 this rank's micro-batches. Others take
-    unreadable pictures' places, as CUDA graphs want one shape. Raises UserError where the sizes do not divide.
+    """Yields for each step, first_step (0-based) .. total_steps - 1, the list of this rank's micro-batches. Readable
+    pictures take the places of others, as CUDA graphs want one shape. Raises UserError where the sizes do not divide.
 
     A step's global batch is cut into a share for each rank in turn, and that into micro-batches. So two ranks with one
     micro-batch each see exactly what one rank with two sees. Nothing depends on `workers`."""
-    split_batch(global_batch, micro_batch, world)
-    share = global_batch // world
+    share = split_batch(global_batch, micro_batch, world) * micro_batch  # of a step's samples
     order, steps = SampleOrder(len(dataset), seed), range(first_step, total_steps)
     places = range(rank * share, (rank + 1) * share, micro_batch)  # where this rank's micro-batches begin in a step's
     entries = (order.at(step * global_batch + place, micro_batch) for step in steps for place in places)
@@ -339,8 +337,7 @@ def _loader(pictures, entries, full, workers):
     )
     for *arrays, unreadable in loader:
         if len(arrays[0]) < full:
-            reason = next(iter(unreadable.values()))
-            raise UserError(f"too many pictures in a row in {pictures.source} cannot be read: {reason}")
+            raise UserError(f"too many pictures in {pictures.source} cannot be read: {next(iter(unreadable.values()))}")
         tensors = [torch.from_numpy(array) for array in arrays]
         yield Batch(*(tensor.pin_memory() if pin else tensor for tensor in tensors), unreadable)
 

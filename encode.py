@@ -98,7 +98,6 @@ class CodeWriter:
         self._put("labels.bin", indices, labels)
 
     def write_unreadable(self, indices):
-        """Note rows that cannot be encoded."""
         self._put("labels.bin", indices, [UNREADABLE] * len(indices))
 
     def _put(self, name, indices, rows):
@@ -209,16 +208,14 @@ def main():
     bar.close()
 
     # Every row is on file once all ranks are here (the last reduce above).
-    if not rt.main:
-        return
     if done_by_all < len(todo):
         rt.say(f"stopped after {progress()}; the same command goes on from here")
-        return
-    writer.finish()
-    rt.say(progress())
-    rt.say(f"codes used {share_used(args.out):.2%} of 2^{tokenizer.config.bits}")
-    rt.say(f"unreadable pictures: {int((writer.labels() == UNREADABLE).sum()) or 'none'}")
-    rt.say(f"complete: {args.out}")
+    elif rt.main:
+        writer.finish()
+        rt.say(progress())
+        rt.say(f"codes used {share_used(args.out):.2%} of 2^{tokenizer.config.bits}")
+        rt.say(f"unreadable pictures: {int((writer.labels() == UNREADABLE).sum()) or 'none'}")
+        rt.say(f"complete: {args.out}")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def test_classes_names_and_labels(tmp_path):
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     def complaint(path, **options):
         with pytest.raises(UserError) as error:
-            data.open_pictures(path, options.pop("size", 16), train=True, **options)
+            data.open_pictures(path, 16, train=True, **options)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -154,8 +154,9 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     for i in range(3):
         (save(tmp_path / "dead" / "class" / f"{i}.png")).write_bytes(b"no picture")
     assert "not one of the first 3 pictures" in complaint(tmp_path / "dead")
-    for wrong in ({"size": 0}, {"seed": -1}):
-        assert "must be positive" in complaint(tmp_path / "half", **wrong)
+    for size, seed in ((0, 0), (16, -1)):
+        with pytest.raises(AssertionError):
+            data.open_pictures(tmp_path / "half", size, train=True, seed=seed)
 
 
 def test_each_folder_is_listed_once_whatever_links_lead_to_it(tmp_path):
@@ -357,9 +358,7 @@ class Gone(Spy):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_ends_in_one_line_where_no_picture_can_be_read_any_more(workers):
-    with pytest.raises(
-        UserError, match="^too many pictures in a row in there cannot be read: No such file or directory$"
-    ):
+    with pytest.raises(UserError, match="^too many pictures in there cannot be read: No such file or directory$"):
         next(data.training_batches(Gone(9), 0, 4, 2, 0, 1, 0, 1, workers))
 
 
