@@ -11,6 +11,7 @@ The same network sees pictures in one of two ways, which move FID by tenths, so 
 Letters: B batch, C channels, H W pixels, h w feature map.
 """
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -41,94 +42,67 @@ class ConvNorm(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def average_pool(x):
-    # Released weights: padding is not counted, unlike torchvision's Inception.
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+# Released weights: the average does not count padding, unlike torchvision's.
+average_pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+max_pool = nn.MaxPool2d(3, stride=1, padding=1)
+halving_pool = nn.MaxPool2d(3, stride=2)
 
 
-def max_pool(x):
-    return F.max_pool2d(x, 3, stride=1, padding=1)
+class Mixed(nn.Module):
+    """Branches side by side on one input, their channels concatenated. A branch is a list of layers: its convolutions
+    are the modules NAME_1, NAME_2, ..., or NAME where there is one; a pool comes first and has no weights."""
+
+    def __init__(self, **branches):
+        super().__init__()
+        self.branches = list(branches.values())
+        for name, layers in branches.items():
+            convolutions = [layer for layer in layers if isinstance(layer, ConvNorm)]
+            for number, layer in enumerate(convolutions, 1):
+                self.add_module(f"{name}_{number}" if len(convolutions) > 1 else name, layer)
+
+    def forward(self, x):
+        return torch.cat([functools.reduce(lambda y, layer: layer(y), branch, x) for branch in self.branches], 1)
 
 
-def halving_pool(x):
-    return F.max_pool2d(x, 3, stride=2)
-
-
-class Mixed5(nn.Module):
+def mixed_5(c_in, pool_width):
     """(B, c_in, 35, 35) -> (B, 224 + pool_width, 35, 35)."""
-
-    def __init__(self, c_in, pool_width):
-        super().__init__()
-        self.branch1x1 = ConvNorm(c_in, 64)
-        self.branch5x5_1 = ConvNorm(c_in, 48)
-        self.branch5x5_2 = ConvNorm(48, 64, 5)
-        self.branch3x3dbl_1 = ConvNorm(c_in, 64)
-        self.branch3x3dbl_2 = ConvNorm(64, 96, 3)
-        self.branch3x3dbl_3 = ConvNorm(96, 96, 3)
-        self.branch_pool = ConvNorm(c_in, pool_width)
-
-    def forward(self, x):
-        branch5x5 = self.branch5x5_2(self.branch5x5_1(x))
-        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        branch_pool = self.branch_pool(average_pool(x))
-        return torch.cat([self.branch1x1(x), branch5x5, branch3x3dbl, branch_pool], 1)
+    return Mixed(
+        branch1x1=[ConvNorm(c_in, 64)],
+        branch5x5=[ConvNorm(c_in, 48), ConvNorm(48, 64, 5)],
+        branch3x3dbl=[ConvNorm(c_in, 64), ConvNorm(64, 96, 3), ConvNorm(96, 96, 3)],
+        branch_pool=[average_pool, ConvNorm(c_in, pool_width)],
+    )
 
 
-class Mixed6a(nn.Module):
+def mixed_6a():
     """(B, 288, 35, 35) -> (B, 768, 17, 17)."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch3x3 = ConvNorm(288, 384, 3, stride=2, same=False)
-        self.branch3x3dbl_1 = ConvNorm(288, 64)
-        self.branch3x3dbl_2 = ConvNorm(64, 96, 3)
-        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, stride=2, same=False)
-
-    def forward(self, x):
-        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), branch3x3dbl, halving_pool(x)], 1)
+    return Mixed(
+        branch3x3=[ConvNorm(288, 384, 3, stride=2, same=False)],
+        branch3x3dbl=[ConvNorm(288, 64), ConvNorm(64, 96, 3), ConvNorm(96, 96, 3, stride=2, same=False)],
+        branch_pool=[halving_pool],
+    )
 
 
-class Mixed6(nn.Module):
+def mixed_6(width):
     """(B, 768, 17, 17) -> the same; 7x7 convolutions as a pair of 1x7 and 7x1, `width` channels wide inside."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.branch1x1 = ConvNorm(768, 192)
-        self.branch7x7_1 = ConvNorm(768, width)
-        self.branch7x7_2 = ConvNorm(width, width, (1, 7))
-        self.branch7x7_3 = ConvNorm(width, 192, (7, 1))
-        self.branch7x7dbl_1 = ConvNorm(768, width)
-        self.branch7x7dbl_2 = ConvNorm(width, width, (7, 1))
-        self.branch7x7dbl_3 = ConvNorm(width, width, (1, 7))
-        self.branch7x7dbl_4 = ConvNorm(width, width, (7, 1))
-        self.branch7x7dbl_5 = ConvNorm(width, 192, (1, 7))
-        self.branch_pool = ConvNorm(768, 192)
-
-    def forward(self, x):
-        branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        branch7x7dbl = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        branch7x7dbl = self.branch7x7dbl_5(self.branch7x7dbl_4(branch7x7dbl))
-        branch_pool = self.branch_pool(average_pool(x))
-        return torch.cat([self.branch1x1(x), branch7x7, branch7x7dbl, branch_pool], 1)
+    branch7x7dbl = [ConvNorm(768, width), ConvNorm(width, width, (7, 1)), ConvNorm(width, width, (1, 7))]
+    branch7x7dbl += [ConvNorm(width, width, (7, 1)), ConvNorm(width, 192, (1, 7))]
+    return Mixed(
+        branch1x1=[ConvNorm(768, 192)],
+        branch7x7=[ConvNorm(768, width), ConvNorm(width, width, (1, 7)), ConvNorm(width, 192, (7, 1))],
+        branch7x7dbl=branch7x7dbl,
+        branch_pool=[average_pool, ConvNorm(768, 192)],
+    )
 
 
-class Mixed7a(nn.Module):
+def mixed_7a():
     """(B, 768, 17, 17) -> (B, 1280, 8, 8)."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch3x3_1 = ConvNorm(768, 192)
-        self.branch3x3_2 = ConvNorm(192, 320, 3, stride=2, same=False)
-        self.branch7x7x3_1 = ConvNorm(768, 192)
-        self.branch7x7x3_2 = ConvNorm(192, 192, (1, 7))
-        self.branch7x7x3_3 = ConvNorm(192, 192, (7, 1))
-        self.branch7x7x3_4 = ConvNorm(192, 192, 3, stride=2, same=False)
-
-    def forward(self, x):
-        branch3x3 = self.branch3x3_2(self.branch3x3_1(x))
-        branch7x7x3 = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
-        return torch.cat([branch3x3, self.branch7x7x3_4(branch7x7x3), halving_pool(x)], 1)
+    branch7x7x3 = [ConvNorm(768, 192), ConvNorm(192, 192, (1, 7)), ConvNorm(192, 192, (7, 1))]
+    return Mixed(
+        branch3x3=[ConvNorm(768, 192), ConvNorm(192, 320, 3, stride=2, same=False)],
+        branch7x7x3=[*branch7x7x3, ConvNorm(192, 192, 3, stride=2, same=False)],
+        branch_pool=[halving_pool],
+    )
 
 
 class Mixed7(nn.Module):
@@ -172,15 +146,15 @@ class InceptionV3(nn.Module):
         self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvNorm(64, 80)
         self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, same=False)
-        self.Mixed_5b = Mixed5(192, pool_width=32)
-        self.Mixed_5c = Mixed5(256, pool_width=64)
-        self.Mixed_5d = Mixed5(288, pool_width=64)
-        self.Mixed_6a = Mixed6a()
-        self.Mixed_6b = Mixed6(128)
-        self.Mixed_6c = Mixed6(160)
-        self.Mixed_6d = Mixed6(160)
-        self.Mixed_6e = Mixed6(192)
-        self.Mixed_7a = Mixed7a()
+        self.Mixed_5b = mixed_5(192, pool_width=32)
+        self.Mixed_5c = mixed_5(256, pool_width=64)
+        self.Mixed_5d = mixed_5(288, pool_width=64)
+        self.Mixed_6a = mixed_6a()
+        self.Mixed_6b = mixed_6(128)
+        self.Mixed_6c = mixed_6(160)
+        self.Mixed_6d = mixed_6(160)
+        self.Mixed_6e = mixed_6(192)
+        self.Mixed_7a = mixed_7a()
         self.Mixed_7b = Mixed7(1280, average_pool)
         self.Mixed_7c = Mixed7(2048, max_pool)  # Released weights: a max pool here, unlike torchvision's.
         self.fc = nn.Linear(2048, 1008)
