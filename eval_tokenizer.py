@@ -6,8 +6,7 @@
 
 Every picture is resized and centre-cropped to --size, encoded and decoded. Out come, with the protocol behind them:
 rFID, PSNR and SSIM (each plain, and as published), LPIPS with VGG and with AlexNet, the share of the 2^K codes that
-occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above reconstruction).
-"""
+occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above reconstruction)."""
 
 import math
 
@@ -15,7 +14,7 @@ import torch
 
 import data
 import runtime
-from fid import exact_device, float64, frechet_distance, gather_rows, moments, progress, psnr, report, ssim
+from fid import float64, frechet_distance, gather_rows, moments, psnr, readable_batches, report, ssim
 from inception import load_inception, weights_in_words
 from losses import load_lpips
 from runtime import UserError, at_least
@@ -65,11 +64,14 @@ def published_psnr(per_picture):
     return torch.stack([-10 * batch.mean().log10() for batch in errors.split(PUBLISHED_BATCH)])
 
 
-def finite_mean(values):
-    """(mean over the finite values, number of infinite ones): what is given back exactly has no PSNR to average. The
-    mean is infinite only where all are."""
+def finite_mean(values, what):
+    """(mean over the finite PSNRs, note on it): what is given back exactly has none to average. The mean is infinite
+    only where all are."""
     finite = values[values.isfinite()]
-    return finite.mean().item() if len(finite) else math.inf, len(values) - len(finite)
+    note = f"dB, mean over {what}"
+    if infinite := len(values) - len(finite):
+        note += f"; {infinite} are infinite (given back exactly), not averaged"
+    return finite.mean().item() if len(finite) else math.inf, note
 
 
 @torch.no_grad()
@@ -77,14 +79,10 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
     """Run all pictures through, every rank its share. perceptual: {name of the number: LPIPS}.
 
     Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3, S, S): up
-    to eight originals, then their reconstructions); None on the others.
-    """
-    bad, rows, features_x, features_y, shown = data.BadPictures(pictures), [], [], [], None
+    to eight originals, then their reconstructions); None on the others."""
+    rows, features_x, features_y, shown = [], [], [], None
     seen = torch.zeros(2**tokenizer.config.bits, dtype=torch.uint8)
-    for batch in progress(rt, pictures, args.batch, args.workers, "pictures"):
-        bad.add(batch.unreadable)
-        if len(batch.images) == 0:
-            continue
+    for batch in readable_batches(rt, pictures, args.batch, args.workers):
         images = batch.images.to(rt.device)
         x = data.to_float(images)
         with runtime.autocast(rt.device, args.precision):
@@ -97,8 +95,7 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
         if shown is None:
             shown = torch.cat([images[:8], rebuilt[:8]]).cpu()
 
-        published = published_original(batch.images, args.rounding)
-        original, published, scored = (uint8.to(exact_device()) for uint8 in (images, published, rebuilt))
+        original, published, scored = float64(images, published_original(batch.images, args.rounding), rebuilt)
         columns = [score(of, scored) for score in (psnr, ssim) for of in (original, published)]
         with runtime.exact_float32(rt.device):
             columns += float64(*(lpips(x, y).flatten() for lpips in perceptual.values()))
@@ -108,24 +105,19 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
             features_x.append(inception((x + 1) / 2, "half-pixel")[0].cpu())
             features_y.append(inception((y + 1) / 2, "half-pixel")[0].cpu())
 
-    unreadable = int(rt.reduce([bad.count])[0])
-    bad.check(unreadable)
     used = int(rt.union(seen).sum())
     rows = gather_rows(rt, rows, 4 + len(perceptual))
     if inception:
         features_x, features_y = (gather_rows(rt, features, 2048) for features in (features_x, features_y))
     if not rt.main:
         return None
-    numbers, notes = {"pictures": len(rows)}, {"pictures": f"{unreadable} unreadable ones left out"}
+    numbers, notes = {"pictures": len(rows)}, {"pictures": f"{len(pictures) - len(rows)} unreadable ones left out"}
     if inception:
         numbers["rFID"] = frechet_distance(*moments(features_x), *moments(features_y))
         notes["rFID"] = "" if len(rows) >= 2048 else "biased upwards: fewer than 2048 pictures"
-    psnrs = {"PSNR": (rows[:, 0], "pictures")}
-    psnrs["PSNR published"] = (published_psnr(rows[:, 1]), f"mini-batches of {PUBLISHED_BATCH}")
-    for name, (values, what) in psnrs.items():
-        numbers[name], infinite = finite_mean(values)
-        notes[name] = f"dB, mean over {what}"
-        notes[name] += f"; {infinite} are infinite (given back exactly), not averaged" if infinite else ""
+    numbers["PSNR"], notes["PSNR"] = finite_mean(rows[:, 0], "pictures")
+    batches = published_psnr(rows[:, 1])
+    numbers["PSNR published"], notes["PSNR published"] = finite_mean(batches, f"mini-batches of {PUBLISHED_BATCH}")
     for column, name in enumerate(["SSIM", "SSIM published", *perceptual], 2):
         numbers[name] = rows[:, column].mean().item()
     numbers["codebook use"] = used / len(seen)

@@ -9,11 +9,9 @@ A set is a folder of pictures (any depth, all of one size), an .npz of pictures 
 reference file of ADM's evaluator (stored moments and pictures), or saved statistics. Out come the numbers and the
 protocol that they were made with; the convention (inception.py) is part of a number.
 
-Letters: B batch, N pictures, D features, H W pixels.
-"""
+Letters: B batch, N pictures, D features, H W pixels."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import struct
@@ -24,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
+from torch import nn
 from tqdm import tqdm
 
 import runtime
@@ -39,12 +37,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
     mu: (D,); sigma: (D, D), of any rank; arrays or tensors, computed in float64. Returns a float >= 0. Raises UserError
-    for input that is not finite, or overflows.
-    """
+    for input that is not finite, or overflows."""
     mu1, sigma1, mu2, sigma2 = float64(mu1, sigma1, mu2, sigma2)
-    for array in (mu1, sigma1, mu2, sigma2):
-        if not (array.abs() < 1e100).all():
-            raise UserError("the statistics hold values that are not finite, or huge: no Frechet distance")
+    if not all((array.abs() < 1e100).all() for array in (mu1, sigma1, mu2, sigma2)):
+        raise UserError("the statistics hold values that are not finite, or huge: no Frechet distance")
 
     def factor(sigma):  # (D, D) -> (D, rank), A with A A^T = sigma
         values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
@@ -58,13 +54,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(distance.item(), 0.0)  # equal sets come out as rounding of either sign
 
 
-def exact_device():
-    """Where float64 linear algebra runs: CUDA where there is some (other accelerators lack it), else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def float64(*arrays):
-    return [torch.as_tensor(array).to(exact_device(), torch.float64) for array in arrays]
+    """As float64 tensors on CUDA where there is some, else on the CPU: other accelerators lack float64."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [torch.as_tensor(array).to(device, torch.float64) for array in arrays]
 
 
 def inception_score(probabilities, split_size=5000):
@@ -72,11 +65,9 @@ def inception_score(probabilities, split_size=5000):
 
     probabilities: (N, classes), each row summing to one. A split's score is exp(mean over its pictures of KL(p(y|x) ||
     p(y))), p(y) the split's mean; a short last split counts as one. Pictures sorted by class give a wrong, far too
-    small score. Source: ADM's evaluator.
-    """
-    (p,) = float64(probabilities)
+    small score. Source: ADM's evaluator."""
     scores = []
-    for split in p.split(split_size):
+    for split in float64(probabilities)[0].split(split_size):
         divergence = torch.xlogy(split, split).sum(1) - torch.xlogy(split, split.mean(0)).sum(1)
         scores.append(divergence.mean().exp())
     scores = torch.stack(scores)
@@ -88,27 +79,22 @@ def precision_recall(reference, generated, k=3):
 
     Each set's manifold is the union of balls around its points, reaching to the k-th nearest other point. Precision:
     share of generated points in the reference's manifold; recall: the reverse. A ball holds its rim. Memory stays
-    within about 1 GiB besides the features. Raises UserError for a set of k points or fewer.
-    """
+    within about 1 GiB besides the features. Raises UserError for a set of k points or fewer."""
     reference, generated = float64(reference, generated)
-    radii_reference, radii_generated = (neighbour_radii(points, k) for points in (reference, generated))
-    precise = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
-    recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+
+    def radii(points):  # (N, D) -> (N,), squared; the nearest of the k + 1 points is the point itself
+        if len(points) <= k:
+            raise UserError(f"precision and recall need more than {k} pictures a set, not {len(points)}")
+        nearest = [block.topk(k + 1, largest=False).values for _, block, _ in distance_blocks(points, points)]
+        return torch.cat(nearest)[:, -1]
+
+    radii_reference, radii_generated = radii(reference), radii(generated)
+    precise, recalled = torch.zeros_like(radii_generated, dtype=torch.bool), []
     for rows, distances, slack in distance_blocks(reference, generated):
         distances -= slack  # equal distances must compare as equal, though both are rounded
         precise |= (distances <= radii_reference[rows, None]).any(0)
-        recalled[rows] = (distances <= radii_generated).any(1)
-    return precise.double().mean().item(), recalled.double().mean().item()
-
-
-def neighbour_radii(points, k):
-    """Squared distance of each point to its k-th nearest other point, (N, D) -> (N,)."""
-    if len(points) <= k:
-        raise UserError(f"precision and recall need more than {k} pictures a set, not {len(points)}")
-    blocks = (distances for _, distances, _ in distance_blocks(points, points))
-    return torch.cat(
-        [block.topk(k + 1, largest=False).values[:, -1] for block in blocks]
-    )  # the point itself is nearest
+        recalled.append((distances <= radii_generated).any(1))
+    return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
 
 
 def distance_blocks(points, others, block_numbers=2**25):
@@ -134,23 +120,135 @@ def ssim(images, others):
     """Structural similarity of each pair, data range 1: two (B, C, H, W) uint8 -> (B,) float64.
 
     Uniform 7x7 window, sample covariances, K1 = 0.01, K2 = 0.03, mean over channels and over the windows that lie
-    inside the picture; the default of scikit-image. Raises UserError for pictures smaller than the window.
-    """
+    inside the picture; the default of scikit-image. Raises UserError for pictures smaller than the window."""
     if min(images.shape[2:]) < 7:
         raise UserError(f"SSIM needs pictures of at least 7x7, not {images.shape[2]}x{images.shape[3]}")
-
-    def window_mean(values):
-        return F.avg_pool2d(values, 7, stride=1)
-
-    x, y, sample = images.double() / 255, others.double() / 255, 49 / 48
+    window_mean, sample = nn.AvgPool2d(7, stride=1), 49 / 48
+    x, y = images.double() / 255, others.double() / 255
     mean_x, mean_y = window_mean(x), window_mean(y)
     var_x = sample * (window_mean(x * x) - mean_x**2)
     var_y = sample * (window_mean(y * y) - mean_y**2)
     covariance = sample * (window_mean(x * y) - mean_x * mean_y)
-    c1, c2 = 0.01**2, 0.03**2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+    structure = (2 * covariance + 0.03**2) / (var_x + var_y + 0.03**2)
     return (luminance * structure).flatten(1).mean(1)
+
+
+# --- Sets: pictures and statistics on disk ----------------------------------------------------------------------------
+# Statistics: the arrays' names on file, and their shapes
+STATISTICS = {"mu": (2048,), "sigma": (2048, 2048)}  # mean and covariance of the pool features, for FID
+STATISTICS |= {"mu_s": (2023,), "sigma_s": (2023, 2023)}  # and of the spatial features, for sFID
+STATISTICS |= {"pool": (None, 2048), "size": (2,)}  # for IS, precision and recall: float32 features; (H, W) of pictures
+STATISTICS |= {"convention": (), "inception": ()}  # texts; the second is the SHA-256 of the weights
+
+
+class PictureSet:
+    """What a path holds: `pictures` to measure, or None; `stats`, {name: array} of `STATISTICS`, of whose moments
+    `count` says how many pictures they are of, if known; or both (ADM's reference file). `words` are for the protocol.
+    Opening reads no picture yet, and raises UserError where the path is none of these."""
+
+    def __init__(self, rt, path):
+        self.path, self.pictures, self.stats, self.count, self.words = path, None, {}, None, ""
+        if os.path.isdir(path):
+            self.pictures = open_folder(rt, path)
+            return
+        with runtime.reading(path, "an .npz of pictures or statistics"):
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "arr_0" in names:
+                self.pictures = NpzPictures(path)
+            if "mu" in names:
+                self.stats, self.words = load_stats(path, names), "stored moments"
+            elif self.pictures is None:
+                raise UserError(f"{path} has neither pictures (arr_0) nor moments (mu, sigma), but {names[:9]}")
+        if "pool" in self.stats:
+            self.count, (height, width) = len(self.stats["pool"]), self.stats["size"]
+            self.words += f", stored features of {self.count} pictures {width}x{height}"
+
+    def check(self, convention, sha256):
+        """Raise UserError where stored statistics are not of this convention and these Inception weights."""
+        found, made = self.stats.get("convention"), f"{self.path} holds statistics made with"
+        if found not in (None, convention):
+            raise UserError(f"{made} --convention {found}, not {convention}; give that, or the pictures")
+        if self.stats.get("inception") not in (None, sha256):
+            raise UserError(f"{made} other Inception weights; make them anew")
+
+
+def open_folder(rt, folder):
+    """The pictures below a folder as they are, all of one `shape` (H, W)."""
+    pictures = PictureFolder(folder, size=None, labelled=False)
+    names = {}  # (H, W) -> a picture's name; from all headers, before any work
+    for name in map(pictures.name, range(rt.rank, len(pictures), rt.world)):
+        # An unreadable one is counted when its turn comes.
+        with contextlib.suppress(Exception), opened(pictures.source / name) as picture:
+            names.setdefault(picture.size[::-1], name)
+    names = {shape: name for found in rt.gather(names) for shape, name in found.items()}
+    if len(names) > 1:
+        first, second = sorted(f"{name} is {width}x{height}" for (height, width), name in names.items())[:2]
+        raise UserError(f"the pictures in {folder} differ in size: {first}, {second}; bring them to one size")
+    (pictures.shape,) = names
+    return pictures
+
+
+class NpzPictures:
+    """The pictures `arr_0` (N, H, W, 3) of an .npz, read from the disk one by one as `pictures[epoch, index]`."""
+
+    def __init__(self, path):
+        self.source, self.array = path, npz_array(path, "arr_0")
+        shape, kind = self.array.shape, self.array.dtype
+        if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            raise UserError(f"arr_0 of {path} is {kind} of shape {shape}; pictures are uint8, (N, height, width, 3)")
+        self.shape = shape[1:3]
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, entry):
+        return torch.from_numpy(np.array(self.array[entry[1]])).permute(2, 0, 1), 0
+
+
+def load_stats(path, names):
+    """The statistics in an .npz with arrays of these names, of this project, of ADM's evaluator or of pytorch-fid."""
+    stats = {}
+    for name, shape in STATISTICS.items():
+        if name not in names and {"sigma": "mu", "sigma_s": "mu_s", "size": "pool"}.get(name) not in stats:
+            continue  # not there, and nothing that needs it
+        array = npz_array(path, name, shape)
+        if shape:
+            array = array.astype(np.float32 if name == "pool" else np.float64)
+            if not np.isfinite(array).all():
+                raise UserError(f"{path}: {name} holds values that are not finite")
+        stats[name] = array if shape else str(array)
+    if "pool" in stats:
+        stats["size"] = tuple(map(int, stats["size"]))
+    if "mu_s" in stats:
+        stats.setdefault("convention", "tf1")  # spatial moments are ADM's; files of others do not tell
+    return stats
+
+
+def npz_array(path, name, shape=None):
+    """An array of an .npz, of `shape` where that is given (None in it: any length; (): a text). A memory map where it
+    is stored plainly (np.savez) and no shape is asked for, so that ten gigabytes of pictures need no memory; else in
+    memory. Nothing is unpacked of one of another shape, or of one longer than its header and deflate allow."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as plain:
+        entry = archive.getinfo(f"{name}.npy")
+        with archive.open(entry) as file:
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            found, fortran_order, dtype = read_header[np.lib.format.read_magic(file)](file)
+            start = file.tell()
+        if shape is not None and (len(found) != len(shape) or any(s not in (None, n) for s, n in zip(shape, found))):
+            raise UserError(f"{path} holds no moments of Inception: {name} of shape {shape} is missing")
+        if dtype.kind not in ("U" if shape == () else "biuf") or dtype.itemsize > 1000:
+            raise UserError(f"{name} of {path} is {dtype}, not {'a text' if shape == () else 'numbers'}")
+        length = start + math.prod(found) * dtype.itemsize
+        if length != entry.file_size or length > 1100 * min(entry.compress_size, os.path.getsize(path)):
+            raise ValueError(f"{name} is not as long as its header says")
+        if entry.compress_type == zipfile.ZIP_STORED and not (fortran_order or shape or 0 in found):
+            plain.seek(entry.header_offset + 26)  # the entry's own header: 30 bytes, then its name and extras
+            start += entry.header_offset + 30 + sum(struct.unpack("<HH", plain.read(4)))
+            return np.memmap(path, dtype, "r", start, found)
+        with archive.open(entry) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
 
 
 # --- From pictures to features and their moments ----------------------------------------------------------------------
@@ -180,215 +278,75 @@ def gather_rows(rt, parts, width):
     return torch.from_numpy(np.concatenate(shares)) if rt.main else None
 
 
-def progress(rt, dataset, batch, workers, words):
-    """This rank's batches of a dataset (see `data.evaluation_batches`), with a progress bar on the main process."""
-    batches = evaluation_batches(dataset, batch, rt.rank, rt.world, workers)
-    steps = math.ceil(math.ceil(len(dataset) / rt.world) / batch)
-    return tqdm(batches, words, steps, disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True)
-
-
-@dataclasses.dataclass
-class Stats:
-    """Statistics of a set of pictures; None is what a file does not hold. From mu on, the names are those on file."""
-
-    path: str
-    words: str  # what they are of, for the protocol
-    count: int = None  # of the pictures behind mu and sigma
-    mu: np.ndarray = None  # (2048,) mean of the pool features, for FID
-    sigma: np.ndarray = None  # (2048, 2048) their covariance
-    mu_s: np.ndarray = None  # (2023,) mean of the spatial features, for sFID
-    sigma_s: np.ndarray = None  # (2023, 2023) their covariance
-    pool: np.ndarray = None  # (N, 2048) float32, the pool features, for IS, precision, recall
-    size: tuple = None  # (H, W) of the pictures
-    convention: str = None
-    inception: str = None  # SHA-256 of the weights
-
-
-def measure(rt, pictures, stored, model, args):
-    """`Stats` of pictures, by all ranks, on the main process (None elsewhere). Moments that are `stored` beside them (a
-    `Stats`, or None) are taken as they are. model: an InceptionV3."""
-    bad, rows = BadPictures(pictures), []
-    workers = args.workers if isinstance(pictures, FolderPictures) else 0  # an .npz needs no decoding
-    for batch in progress(rt, pictures, args.batch, workers, str(pictures.source)):
+def readable_batches(rt, pictures, batch_size, workers):
+    """This rank's `data.Batch`es of pictures that can be read, with a progress bar on the main process. Raises UserError
+    at the end where more than 1 % cannot."""
+    bad, batches = BadPictures(pictures), evaluation_batches(pictures, batch_size, rt.rank, rt.world, workers)
+    steps = math.ceil(len(pictures) / (rt.world * batch_size))
+    bar = tqdm(batches, str(pictures.source), steps, disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True)
+    for batch in bar:
         bad.add(batch.unreadable)
         if len(batch.images):
-            pool, spatial, _ = model(batch.images.to(rt.device), args.convention)
-            rows.append(torch.cat([pool, spatial], 1).cpu())
-    unreadable = int(rt.reduce([bad.count])[0])
-    bad.check(unreadable)
-    rows = gather_rows(rt, rows, 2048 + 2023)
+            yield batch
+    bad.check(rt.reduce([bad.count])[0])
+
+
+def measure(rt, picture_set, model, args):
+    """Add the statistics of its pictures to a `PictureSet`, by all ranks, on the main process. Moments on file are left
+    as they are. model: an InceptionV3."""
+    pictures, stats, pool, spatial = picture_set.pictures, picture_set.stats, [], []
+    workers = args.workers if isinstance(pictures, PictureFolder) else 0  # an .npz needs no decoding
+    for batch in readable_batches(rt, pictures, args.batch, workers):
+        features = model(batch.images.to(rt.device), args.convention)
+        pool.append(features[0].cpu())
+        spatial.append(features[1].cpu())
+    pool = gather_rows(rt, pool, 2048)
+    spatial = gather_rows(rt, spatial, 2023)
     if not rt.main:
-        return None
-    pool, spatial = rows.split([2048, 2023], 1)
-    words = f"{len(rows)} pictures {in_words(pictures.shape)}"
-    words += f", {unreadable} unreadable ones left out" if unreadable else ""
-    if stored:
-        words = f"{stored.words}, {words} for precision, recall and IS"
-        return dataclasses.replace(stored, words=words, pool=pool.numpy(), size=pictures.shape)
-    arrays = (*moments(pool), *moments(spatial), pool.numpy())
-    return Stats(pictures.source, words, len(rows), *arrays, pictures.shape, args.convention)
-
-
-# --- Sets of pictures and statistics on disk --------------------------------------------------------------------------
-class PictureSet:
-    """What a path holds: `pictures` to measure, `stored` statistics, or both (ADM's reference file); else None. Opening
-    reads no picture yet, and raises UserError where the path is none of these."""
-
-    def __init__(self, rt, path):
-        self.pictures = self.stored = None
-        if os.path.isdir(path):
-            self.pictures = FolderPictures(rt, path)
-            return
-        with runtime.reading(path, "an .npz of pictures or statistics"):
-            with zipfile.ZipFile(path) as archive:
-                names = [name.removesuffix(".npy") for name in archive.namelist()]
-            if "arr_0" in names:
-                self.pictures = NpzPictures(path)
-            if "mu" in names:
-                self.stored = load_stats(path, names)
-            elif self.pictures is None:
-                raise UserError(f"{path} has neither pictures (arr_0) nor moments (mu, sigma), but {names[:9]}")
-
-
-class FolderPictures(PictureFolder):
-    """The pictures below a folder as they are, all of one `shape` (H, W): `pictures[epoch, index]`, as
-    `data.open_pictures` has it."""
-
-    def __init__(self, rt, folder):
-        super().__init__(folder, size=None, labelled=False)
-        found = {}  # shape -> a picture's name; from all headers, before any work
-        for index in range(rt.rank, len(self), rt.world):
-            # An unreadable one is counted when its turn comes.
-            with contextlib.suppress(Exception), opened(self.source / self.name(index)) as picture:
-                found.setdefault(picture.size[::-1], self.name(index))
-        found = {shape: name for names in rt.gather(found) for shape, name in names.items()}
-        if len(found) > 1:
-            first, second = sorted(f"{name} is {in_words(shape)}" for shape, name in found.items())[:2]
-            raise UserError(f"the pictures in {folder} differ in size: {first}, {second}; bring them to one size")
-        (self.shape,) = found
-
-
-class NpzPictures:
-    """The pictures `arr_0` (N, H, W, 3) of an .npz, read from the disk one by one as `pictures[epoch, index]`."""
-
-    def __init__(self, path):
-        self.source, self.array = path, npz_array(path, "arr_0")
-        shape, kind = self.array.shape, self.array.dtype
-        if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            raise UserError(f"arr_0 of {path} is {kind} of shape {shape}; pictures are uint8, (N, height, width, 3)")
-        self.shape = shape[1:3]
-
-    def __len__(self):
-        return len(self.array)
-
-    def __getitem__(self, entry):
-        return torch.from_numpy(np.array(self.array[entry[1]])).permute(2, 0, 1), 0
-
-
-def in_words(shape):
-    return f"{shape[1]}x{shape[0]}"  # width x height
-
-
-# Arrays of statistics files, and their shapes
-STORED = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
-STORED |= {"pool": (None, 2048), "size": (2,), "convention": (), "inception": ()}
-
-
-def save_stats(path, stats, convention, sha256):
-    """Write an .npz that stands in for the set: moments under ADM's names, and the pool features, 8 KiB a picture."""
-    arrays = {name: getattr(stats, name) for name in ("mu", "sigma", "mu_s", "sigma_s", "pool", "size")}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    with runtime.replacing(path) as file:
-        np.savez(file, **arrays, convention=convention, inception=sha256)
-
-
-def load_stats(path, names):
-    """`Stats` of an .npz with arrays of these names, of this project, of ADM's evaluator or of pytorch-fid."""
-    stats = Stats(path, "stored moments")
-    for name, shape in STORED.items():
-        belongs_to = {"sigma": "mu", "sigma_s": "mu_s", "size": "pool"}.get(name)
-        if name not in names and belongs_to not in names:
-            continue
-        array = npz_array(path, name, shape)
-        if shape:
-            array = array.astype(np.float32 if name == "pool" else np.float64)
-            if not np.isfinite(array).all():
-                raise UserError(f"{path}: {name} holds values that are not finite")
-        setattr(stats, name, array if shape else str(array) or None)
-    if stats.pool is not None:
-        stats.size, stats.count = tuple(map(int, stats.size)), len(stats.pool)
-        stats.words += f", stored features of {stats.count} pictures {in_words(stats.size)}"
-    if "convention" not in names and stats.mu_s is not None:
-        stats.convention = "tf1"  # spatial moments are ADM's; files of others do not tell
-    return stats
-
-
-def check(stored, convention, sha256):
-    """Raise UserError where stored statistics are not of this convention and these Inception weights."""
-    made = f"{stored.path} holds statistics made with"
-    if stored.convention not in (None, convention):
-        raise UserError(f"{made} --convention {stored.convention}, not {convention}; give that, or the pictures")
-    if stored.inception not in (None, sha256):
-        raise UserError(f"{made} other Inception weights; make them anew")
-
-
-def npz_array(path, name, shape=None):
-    """An array of an .npz, of `shape` where that is given (None in it: any length; (): a text). A memory map where it
-    is stored plainly (np.savez) and no shape is asked for, so that ten gigabytes of pictures need no memory; else in
-    memory. Nothing is unpacked of one of another shape, or of one longer than its header and deflate allow."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as plain:
-        entry = archive.getinfo(f"{name}.npy")
-        with archive.open(entry) as file:
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            found, fortran_order, dtype = read_header[np.lib.format.read_magic(file)](file)
-            start = file.tell()
-        if shape is not None and (len(found) != len(shape) or any(s not in (None, n) for s, n in zip(shape, found))):
-            raise UserError(f"{path} holds no moments of Inception: {name} of shape {shape} is missing")
-        if dtype.kind not in ("U" if shape == () else "biuf") or dtype.itemsize > 1000:
-            raise UserError(f"{name} of {path} is {dtype}, not {'a text' if shape == () else 'numbers'}")
-        length = start + math.prod(found) * dtype.itemsize
-        if length != entry.file_size or length > 1100 * min(entry.compress_size, os.path.getsize(path)):
-            raise ValueError(f"{name} is not as long as its header says")
-        if entry.compress_type == zipfile.ZIP_STORED and not (fortran_order or shape or 0 in found):
-            plain.seek(entry.header_offset + 26)  # the entry's own header: 30 bytes, then its name and extras
-            start += entry.header_offset + 30 + sum(struct.unpack("<HH", plain.read(4)))
-            return np.memmap(path, dtype, "r", start, found)
-        with archive.open(entry) as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+        return
+    words = f"{len(pool)} pictures {pictures.shape[1]}x{pictures.shape[0]}"
+    if unreadable := len(pictures) - len(pool):
+        words += f", {unreadable} unreadable ones left out"
+    if stats:
+        picture_set.words += f", {words} for precision, recall and IS"
+    else:
+        stats["mu"], stats["sigma"] = moments(pool)
+        stats["mu_s"], stats["sigma_s"] = moments(spatial)
+        picture_set.words, picture_set.count, stats["convention"] = words, len(pool), args.convention
+    stats["pool"], stats["size"] = pool.numpy(), pictures.shape
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
 def compare(reference, samples, classifier):
-    """({name: number, or a sentence why there is none}, warnings) of two `Stats`. classifier: Inception's last weight
-    matrix (1008, 2048)."""
-    numbers, warnings = {}, []
-    numbers["FID"] = frechet_distance(reference.mu, reference.sigma, samples.mu, samples.sigma)
+    """({name: number, or a sentence why there is none}, warnings) of two `PictureSet`s. classifier: Inception's last
+    weight matrix (1008, 2048)."""
+    ref, gen, warnings = reference.stats, samples.stats, []
+    numbers = {"FID": frechet_distance(ref["mu"], ref["sigma"], gen["mu"], gen["sigma"])}
     numbers["sFID"] = "not computed (a file without spatial moments)"
-    if reference.mu_s is not None and samples.mu_s is not None:
-        numbers["sFID"] = frechet_distance(reference.mu_s, reference.sigma_s, samples.mu_s, samples.sigma_s)
+    if "mu_s" in ref and "mu_s" in gen:
+        numbers["sFID"] = frechet_distance(ref["mu_s"], ref["sigma_s"], gen["mu_s"], gen["sigma_s"])
     numbers["IS"] = "not computed (the samples are moments only)"
-    if samples.pool is not None:
-        features, weight = float64(samples.pool, classifier)
+    if "pool" in gen:
+        features, weight = float64(gen["pool"], classifier)
         # Without the layer's bias, as ADM's evaluator has it: (N, 2048) -> (N, 1008).
         numbers["IS"], numbers["IS deviation"] = inception_score((features @ weight.T).softmax(1))
+        if not math.isfinite(numbers["IS"]):
+            raise UserError(f"IS is {numbers['IS']}: the features or Inception's weights hold huge values")
         numbers["IS splits"], rest = math.ceil(len(features) / 5000), len(features) % 5000
         if rest and len(features) > 5000:
             short = f"the last split of IS has {rest} pictures, not 5000, which makes IS too small"
             warnings.append(f"{short}: take a multiple of 5000")
     numbers["precision"] = numbers["recall"] = "not computed (one set is moments only)"
-    if reference.pool is not None and samples.pool is not None:
-        numbers["precision"], numbers["recall"] = precision_recall(reference.pool, samples.pool)
-    for name, value in numbers.items():
-        if not isinstance(value, str) and not math.isfinite(value):
-            raise UserError(f"{name} is {value}: the features or Inception's weights hold huge values")
+    if "pool" in ref and "pool" in gen:
+        numbers["precision"], numbers["recall"] = precision_recall(ref["pool"], gen["pool"])
 
-    for stats in (reference, samples):
-        if stats.convention is None:
-            warnings.append(f"{stats.path} does not say its convention; that of the protocol was taken for it")
-        if stats.count is not None and stats.count < 2048:
+    for each in (reference, samples):
+        if "convention" not in each.stats:
+            warnings.append(f"{each.path} does not say its convention; that of the protocol was taken for it")
+        if each.count is not None and each.count < 2048:
             biased = "FID and sFID are biased upwards, so compare them only with numbers from the same counts"
-            warnings.append(f"{stats.path} has {stats.count} pictures: below 2048 {biased}")
-    if None not in (reference.size, samples.size) and reference.size != samples.size:
+            warnings.append(f"{each.path} has {each.count} pictures: below 2048 {biased}")
+    if "size" in ref and "size" in gen and ref["size"] != gen["size"]:
         warnings.append("the reference and the samples differ in picture size")
     return numbers, warnings
 
@@ -402,15 +360,6 @@ def report(rt, numbers, notes, protocol, warnings=()):
         rt.say(f"  {name:<13} {words}")
     for words in warnings:
         rt.say(f"warning: {words}")
-
-
-def check_writable(path):
-    """Raise UserError now, not after an hour, where a file could not be written."""
-    folder = Path(path).absolute().parent
-    if Path(path).exists() and not Path(path).is_file():
-        raise UserError(f"cannot write {path}: it is a folder or a device")
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(f"cannot write {path}: its folder does not exist or is read-only")
 
 
 def parse(argv=None):
@@ -440,27 +389,31 @@ def parse(argv=None):
 def main():
     args = parse()
     rt = runtime.start()
-    for path in filter(None, (args.json, args.save_stats)):
-        check_writable(path)
-
-    # Open everything before any work, the reference first: a wrong path fails at once.
+    # Check and open everything before any work: a wrong path fails at once, not after an hour.
+    for path in (Path(path) for path in (args.json, args.save_stats) if path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is a folder or a device")
+        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise UserError(f"cannot write {path}: its folder does not exist or is read-only")
     sets = [PictureSet(rt, path) for path in (args.reference, args.samples) if path]
     if args.save_stats and sets[0].pictures is None:
         raise UserError(f"{args.reference} holds no pictures, only statistics: nothing to save for --save-stats")
     model, sha256 = load_inception(args.inception)
-    for stored in (each.stored for each in sets if each.stored):
-        check(stored, args.convention, sha256)
+    for each in sets:
+        each.check(args.convention, sha256)
 
     model.to(rt.device)
-    stats = [measure(rt, each.pictures, each.stored, model, args) if each.pictures else each.stored for each in sets]
+    for each in sets:
+        if each.pictures:
+            measure(rt, each, model, args)
     if not rt.main:
         return
     if args.save_stats:
-        save_stats(args.save_stats, stats[0], args.convention, sha256)
-    numbers, warnings = compare(*stats, model.fc.weight) if args.samples else ({}, [])
-    note = {"tf1": "as ADM's evaluator", "half-pixel": "FID as pytorch-fid; nobody publishes the others so"}
-    protocol = {name: f"{each.path}: {each.words}" for name, each in zip(("reference", "samples"), stats)}
-    protocol["convention"] = f"{args.convention} ({note[args.convention]})"
+        with runtime.replacing(args.save_stats) as file:  # moments under ADM's names, features of 8 KiB a picture
+            np.savez(file, **sets[0].stats | {"convention": args.convention, "inception": sha256})
+    numbers, warnings = compare(*sets, model.fc.weight) if args.samples else ({}, [])
+    protocol = {name: f"{each.path}: {each.words}" for name, each in zip(("reference", "samples"), sets)}
+    protocol["convention"] = f"{args.convention} ({CONVENTIONS[args.convention]})"
     protocol["inception"] = weights_in_words(sha256)
     protocol["device"] = f"{rt.device.type} x {rt.world}, torch {torch.__version__}"
     report(rt, numbers, {"IS splits": "of 5000 pictures"}, protocol, warnings)

@@ -24,7 +24,7 @@ from runtime import exact_float32, reading
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the last word is the start of its SHA-256
 INCEPTION_ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
-CONVENTIONS = ("tf1", "half-pixel")
+CONVENTIONS = {"tf1": "as ADM's evaluator", "half-pixel": "FID as pytorch-fid; nobody publishes the others so"}
 
 
 # --- The network. Module names are those of the released file. --------------------------------------------------------

@@ -120,8 +120,10 @@ def test_published_psnr_is_of_fours():
 
 
 def test_infinite_values_are_counted_not_averaged():
-    assert eval_tokenizer.finite_mean(torch.tensor([1.0, math.inf, 3.0])) == (2, 1)
-    assert eval_tokenizer.finite_mean(torch.tensor([math.inf] * 2)) == (math.inf, 2)
+    assert eval_tokenizer.finite_mean(torch.tensor([1.0, 3.0]), "two") == (2, "dB, mean over two")
+    for values, mean, infinite in ([1.0, math.inf, 3.0], 2, 1), ([math.inf] * 2, math.inf, 2):
+        found, note = eval_tokenizer.finite_mean(torch.tensor(values), "all")
+        assert found == mean and f"; {infinite} are infinite" in note
 
 
 def test_every_number_on_two_processes(files, tmp_path):

@@ -422,12 +422,13 @@ def test_an_unreadable_picture_is_counted_and_too_many_stop(tmp_path):
 
     (tmp_path / "a" / "0.png").write_bytes(b"no picture")
     args = SimpleNamespace(convention="tf1", batch=50, workers=0)
-    stats = fid.measure(ALONE, fid.PictureSet(ALONE, tmp_path).pictures, None, network, args)
-    assert (stats.count, len(stats.pool)) == (119, 119)
-    assert stats.words == "119 pictures 8x8, 1 unreadable ones left out"
+    picture_set = fid.PictureSet(ALONE, tmp_path)
+    fid.measure(ALONE, picture_set, network, args)
+    assert (picture_set.count, len(picture_set.stats["pool"])) == (119, 119)
+    assert picture_set.words == "119 pictures 8x8, 1 unreadable ones left out"
     (tmp_path / "b" / "1.png").write_bytes(b"no picture either")
     with pytest.raises(UserError, match="more than 1%"):
-        fid.measure(ALONE, fid.PictureSet(ALONE, tmp_path).pictures, None, network, args)
+        fid.measure(ALONE, fid.PictureSet(ALONE, tmp_path), network, args)
 
 
 def test_statistics_of_other_conventions_and_weights_are_refused(tmp_path):
@@ -437,16 +438,16 @@ def test_statistics_of_other_conventions_and_weights_are_refused(tmp_path):
     np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma, **space)
     np.savez(tmp_path / "own.npz", mu=mu, sigma=sigma, **space, convention="half-pixel", inception="abc")
     for name, convention, other in [("adm", "tf1", "half-pixel"), ("own", "half-pixel", "tf1")]:
-        stored = fid.PictureSet(ALONE, tmp_path / f"{name}.npz").stored
-        fid.check(stored, convention, "abc")
+        stored = fid.PictureSet(ALONE, tmp_path / f"{name}.npz")
+        stored.check(convention, "abc")
         with pytest.raises(UserError, match=f"--convention {convention}, not {other}"):
-            fid.check(stored, other, "abc")
+            stored.check(other, "abc")
     with pytest.raises(UserError, match="other Inception weights"):
-        fid.check(stored, "half-pixel", "abd")
+        stored.check("half-pixel", "abd")
     assert fid.compare(stored, stored, None)[1] == []
-    stored = fid.PictureSet(ALONE, tmp_path / "pytorch_fid.npz").stored
+    stored = fid.PictureSet(ALONE, tmp_path / "pytorch_fid.npz")
     for convention in ("tf1", "half-pixel"):  # the file says neither: what the user says holds
-        fid.check(stored, convention, "abc")
+        stored.check(convention, "abc")
     assert "does not say its convention" in fid.compare(stored, stored, None)[1][0]
 
 
@@ -478,7 +479,7 @@ def test_an_npz_unpacks_only_what_is_asked_for(tmp_path):
             with pytest.raises(UserError, match=words):
                 fid.PictureSet(ALONE, bomb)
         else:
-            assert fid.PictureSet(ALONE, bomb).stored.count == 6
+            assert fid.PictureSet(ALONE, bomb).count == 6
         assert tracemalloc.get_traced_memory()[1] < 200e6
         tracemalloc.stop()
 
@@ -496,13 +497,13 @@ def test_statistics_that_are_not_finite_or_of_other_types_are_refused(tmp_path):
         with pytest.raises(UserError, match="x.npz"):
             fid.PictureSet(ALONE, path)
     np.savez(path, **statistics(names=np.array(["a"], object), mu=np.zeros(2048, ">f4")))  # the rest is fine
-    assert fid.PictureSet(ALONE, path).stored.count == 6
+    assert fid.PictureSet(ALONE, path).count == 6
 
 
 def test_numbers_are_never_nan(tmp_path, monkeypatch):
     np.savez(tmp_path / "good.npz", **statistics())
     np.savez(tmp_path / "huge.npz", **statistics(mu=np.full(2048, 1e200)))
-    good, huge = (fid.PictureSet(ALONE, tmp_path / f"{name}.npz").stored for name in ("good", "huge"))
+    good, huge = (fid.PictureSet(ALONE, tmp_path / f"{name}.npz") for name in ("good", "huge"))
     with pytest.raises(UserError, match="not finite, or huge"):
         fid.compare(good, huge, torch.zeros(1008, 2048))
     monkeypatch.setattr(fid, "frechet_distance", lambda *_: 0.0)
@@ -519,7 +520,7 @@ def test_a_short_last_split_is_warned_about(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "frechet_distance", lambda *_: 0.0)
     for count, warned in ((5000, False), (5001, True)):
         np.savez(tmp_path / "x.npz", **statistics(count))
-        stats = fid.PictureSet(ALONE, tmp_path / "x.npz").stored
+        stats = fid.PictureSet(ALONE, tmp_path / "x.npz")
         _, warnings = fid.compare(stats, stats, torch.zeros(2, 2048))
         assert any("last split of IS has 1 pictures" in words for words in warnings) == warned
 
@@ -547,14 +548,13 @@ def test_statistics_saved_by_three_processes(tmp_path, inception, weights, golde
     flags = ["--inception", weights, "--save-stats", tmp_path / "stats.npz", "--batch", 1, "--workers", 1]
     run("fid.py", tmp_path / "set", *flags, processes=3)
     pool, spatial, _ = inception(images)
-    saved = fid.PictureSet(ALONE, tmp_path / "stats.npz").stored
-    assert (saved.convention, saved.count, saved.size) == ("tf1", 2, (80, 72))
-    fid.check(saved, "tf1", load_inception(weights)[1])
-    assert relative(torch.from_numpy(saved.pool), pool) < 1e-6
-    for ours, truth in zip(
-        (saved.mu, saved.sigma, saved.mu_s, saved.sigma_s), (*moments(pool.double()), *moments(spatial.double()))
-    ):
-        assert relative(torch.from_numpy(ours), truth) < 1e-6
+    saved = fid.PictureSet(ALONE, tmp_path / "stats.npz")
+    assert (saved.stats["convention"], saved.count, saved.stats["size"]) == ("tf1", 2, (80, 72))
+    saved.check("tf1", load_inception(weights)[1])
+    assert relative(torch.from_numpy(saved.stats["pool"]), pool) < 1e-6
+    truth = (*moments(pool.double()), *moments(spatial.double()))
+    for name, expected in zip(("mu", "sigma", "mu_s", "sigma_s"), truth):
+        assert relative(torch.from_numpy(saved.stats[name]), expected) < 1e-6
 
 
 def test_adm_reference_against_an_npz_on_two_processes(tmp_path, inception, weights, golden, one_thread):
