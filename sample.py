@@ -67,9 +67,7 @@ def parse(argv=None):
     add("--cfg", "--cfg-scale", dest="cfg_scale", type=scale, **pair, help="scale of classifier-free guidance; 1: none")
     add("--temperature", type=at_least(1e-3, float, 1000), **pair, help="divides the logits")
     add("--top-k", type=at_least(0), **pair, help="draw from the k likeliest only; 0 is off")
-    add(
-        "--top-p", type=at_least(1e-30, float, 1), **pair, help="draw from the likeliest that together pass p; 1 is off"
-    )
+    add("--top-p", type=at_least(1e-30, float, 1), **pair, help="draw from the likeliest that sum up to p; 1 is off")
     add("--seed", type=at_least(0), default=0, help="another number gives other pictures")
     add = arguments.add_argument_group("how").add_argument
     add("--batch", type=at_least(1), help=f"pictures at a time on a device; default: {BATCH}, on a CPU 50")
@@ -91,9 +89,7 @@ def main():
     preset = args.preset or ("show" if grid else "paper")
     defaults = PRESETS["show" if preset == "show" else paper_size(model.config.width)]
     options = {name: getattr(args, name) or pair for name, pair in defaults.items()}
-    classes = choose_classes(args.classes, model.class_names, len(names))
-    if args.classes is None and grid:
-        classes = spread_classes(len(names))
+    classes = choose_classes(args.classes, model.class_names, len(names), spread=grid)
     count = args.count or (args.per_class or (8 if grid else 50)) * len(classes)
     batch_size = args.batch or (50 if rt.device.type == "cpu" else BATCH)
     chosen = f"all {len(names)}" if classes == list(range(len(names))) else ",".join(map(str, classes))
@@ -108,45 +104,43 @@ def main():
     # Batches, shared out over ranks. They are the same whatever the number of ranks, so that rounding is too.
     batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     labels = [classes[i % len(classes)] for i in range(count)]
+    plain = [re.sub(r"[^\w.-]", "_", name)[:50] for name in names]  # that a file's name can hold
 
     def files_of(batch):
         if kind != "folder":
             return [work / f"{batch[0]:06d}-{batch[-1]:06d}.npy"]
-        plain = [re.sub(r"[^\w.-]", "_", names[labels[i]])[:50] for i in batch]
-        return [work / f"{i:06d}_{name}.png" for i, name in zip(batch, plain, strict=True)]
+        return [work / f"{i:06d}_{plain[labels[i]]}.png" for i in batch]
 
     todo = [batch for batch in batches[rt.rank :: rt.world] if not all(file.exists() for file in files_of(batch))]
     rt.barrier()
     started = time.perf_counter()
     # While the device makes a batch, a thread writes the one before; nothing here waits for the device but that thread.
-    writing = None
     with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(lambda: None)  # nothing yet
         for batch in tqdm(todo, unit="batch", disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True):
             seeds = [runtime.seed_of(args.seed, i) for i in batch]
             with runtime.autocast(rt.device, precision):
                 images = draw(model, tokenizer, [labels[i] for i in batch], options, seeds)
-            fetched = fetch(to_uint8(images, args.rounding))
-            if writing:
-                writing.result()
-            writing = writer.submit(store, files_of(batch), *fetched)
-        if writing:
+            pictures = to_uint8(images, args.rounding).movedim(1, -1).to("cpu", non_blocking=True)  # (B, H, W, 3)
+            copied = torch.get_device_module(rt.device).Event()  # torch.Event: not with every torch_npu
+            copied.record()
             writing.result()
+            writing = writer.submit(store, files_of(batch), pictures, copied)
+        writing.result()
     (made,) = rt.reduce([sum(map(len, todo))])
     seconds = time.perf_counter() - started
 
     if rt.main and kind != "folder":  # one file out of the batches
         parts = [file for batch in batches for file in files_of(batch)]
-        for part in parts:
-            if not part.exists():
-                raise UserError(f"{part} is not visible on this host; put --out where all hosts share a file system")
+        if not all(part.exists() for part in parts):
+            raise UserError(f"{work} lacks batches of other hosts; put --out where all hosts share a file system")
         if grid:
             write_grid(out, parts, count, rows=len(classes))
+            rt.say("rows: " + ", ".join(names[label] for label in classes))
         else:
-            write_npz(out, parts, count)
+            write_npz(out, parts, (count, side, side, 3))
         runtime.write_json(f"{out}.json", settings)
         shutil.rmtree(work)
-    if grid:
-        rt.say("rows: " + ", ".join(names[label] for label in classes))
     again = f" ({count - made:.0f} were there already)" if made < count else ""
     rt.say(f"made {made:.0f} pictures in {seconds:.1f} s ({made / seconds:.2f} images/s){again}: {out}")
     rt.barrier()
@@ -187,15 +181,16 @@ def output(text):
     kind = {".png": "grid", ".npz": "npz"}.get(out.suffix.lower(), "folder")
     if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip"):
         raise UserError(f"--out {text}: give a name ending in .png or .npz, or a folder")
-    if kind == "folder" and out.exists() and not out.is_dir():
-        raise UserError(f"--out {text} is a file; give a name ending in .png or .npz, or a folder")
-    if kind != "folder" and out.is_dir():
-        raise UserError(f"--out {text} is a folder; give another name")
+    if out.exists() and out.is_dir() != (kind == "folder"):
+        raise UserError(f"--out {text} is a {'folder' if out.is_dir() else 'file'}; give another name")
     return out, kind
 
 
-def choose_classes(text, names, number):
-    """Labels meant by --classes: `all`, or class names or numbers, comma-separated, in that order."""
+def choose_classes(text, names, number, spread=False):
+    """Labels meant by --classes: `all`, or class names or numbers, comma-separated, in that order. Left out: all, or
+    with `spread` ten (all, where there are fewer), evenly spaced."""
+    if text is None and spread:
+        return sorted({round(i) for i in np.linspace(0, number - 1, 10)})
     if text in (None, "all"):
         return list(range(number))
     labels, names = [], names or []
@@ -214,11 +209,6 @@ def choose_classes(text, names, number):
     return labels
 
 
-def spread_classes(number):
-    """Ten labels, evenly spaced, or all where there are fewer."""
-    return sorted({round(i) for i in np.linspace(0, number - 1, 10)})
-
-
 def paper_size(width):
     """Name of the paper's size of that width; for own sizes B, the smallest."""
     return next((name for name in RELEASED_AR if AR_SIZES[name].width == width), "B")
@@ -229,59 +219,45 @@ def refuse_others(work, settings):
     """Let a run go on in `work` only where it holds pictures of the same settings (or of fewer pictures)."""
     if not work.is_dir() or not any(work.iterdir()):
         return
-    before, config = {}, work / "config.json"
+    config, reason = work / "config.json", "files that are not this script's"
     if os.path.lexists(config):
         with runtime.reading(config, "settings of sample.py"):
             before = json.loads(config.read_bytes())
-            grown = before["count"] <= settings["count"] and "model_hash" in before
-    changed = before and changed_settings(before, settings, {"model", "tokenizer"} | ({"count"} if grown else set()))
-    if before and not changed:
-        return
-    reason = f"pictures of other settings ({changed})" if before else "files that are not this script's"
+            grown = {"count"} if before["count"] <= settings["count"] and "model_hash" in before else set()
+        changed = changed_settings(before, settings, {"model", "tokenizer"} | grown)
+        if not changed:
+            return
+        reason = f"pictures of other settings ({changed})"
     raise UserError(f"the folder {work} holds {reason}; give another --out, or remove it")
 
 
-def fetch(images):
-    """Begin to copy images (B, 3, H, W) from their device: (array (B, H, W, 3), function that waits until it is in)."""
-    images = images.movedim(1, -1)
-    if images.device.type == "cpu":
-        return images.numpy(), lambda: None
-    copied = torch.get_device_module(images.device).Event()  # torch.Event: not with every torch_npu
-    images = images.to("cpu", non_blocking=True)
-    copied.record()
-    return images.numpy(), copied.synchronize
+def store(files, pictures, copied):
+    """Write uint8 pictures (B, H, W, 3), once they are `copied` (an event): to one .npy, or each to its .png."""
 
-
-def store(files, pictures, wait):
-    """Write uint8 pictures (B, H, W, 3), once wait() says that they are there: to one .npy, or each to its .png."""
-    wait()
-    if files[0].suffix == ".npy":
-        with runtime.replacing(files[0]) as file:
-            np.save(file, pictures)
-        return
-
-    def save(path, picture):  # the fastest compression: packing 50,000 pictures takes longer than making them
+    def save(path, array):
         with runtime.replacing(path) as file:
-            Image.fromarray(picture).save(file, "PNG", compress_level=1)
+            if path.suffix == ".npy":
+                np.save(file, array)
+            else:  # the fastest compression: packing 50,000 pictures takes longer than making them
+                Image.fromarray(array).save(file, "PNG", compress_level=1)
 
+    copied.synchronize()
+    arrays = pictures.numpy() if files[0].suffix == ".png" else [pictures.numpy()]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(save, files, pictures))
+        list(pool.map(save, files, arrays))
 
 
 def write_grid(out, parts, count, rows):
     """One picture: a row a class, a column a sample, the rest of the last column empty."""
-    pictures = np.concatenate([np.load(part) for part in parts])
-    columns = -(-count // rows)
-    sheet = np.full((columns * rows, *pictures.shape[1:]), 230, np.uint8)
-    sheet[:count] = pictures
-    sheet = torch.from_numpy(sheet).unflatten(0, (columns, rows)).transpose(0, 1)  # picture i: row i % rows
+    pictures = [np.load(part) for part in parts]
+    empty = np.full((-count % rows, *pictures[0].shape[1:]), 230, np.uint8)
+    sheet = torch.from_numpy(np.concatenate([*pictures, empty])).unflatten(0, (-1, rows))  # picture i: row i % rows
     with runtime.replacing(out) as file:
-        picture_grid(sheet.flatten(0, 1).movedim(-1, 1), columns).save(file, "PNG")
+        picture_grid(sheet.transpose(0, 1).flatten(0, 1).movedim(-1, 1), columns=len(sheet)).save(file, "PNG")
 
 
-def write_npz(out, parts, count):
+def write_npz(out, parts, shape):
     """What np.savez(out, arr_0) writes, but with no more than one batch in memory."""
-    shape = (count, *np.load(parts[0], mmap_mode="r").shape[1:])
     with (
         runtime.replacing(out) as file,
         zipfile.ZipFile(file, "w") as archive,

@@ -148,11 +148,11 @@ def test_a_stopped_npz_goes_on(files, tmp_path, monkeypatch, capsys):
     inside(monkeypatch, *flags, "--out", tmp_path / "whole.npz")
     store, stored = sample.store, []
 
-    def stop_at_the_second(paths, pictures, wait):
+    def stop_at_the_second(paths, pictures, copied):
         if stored:
             raise KeyboardInterrupt
         stored.append(paths)
-        store(paths, pictures, wait)
+        store(paths, pictures, copied)
 
     out = tmp_path / "stopped.npz"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -274,9 +274,10 @@ def test_presets(files, tmp_path, monkeypatch):
 def test_numbers_of_pictures_and_classes(monkeypatch):
     assert sample.choose_classes(None, None, 1000) == list(range(1000))
     assert sample.choose_classes("all", None, 1000) == list(range(1000))
-    spread = sample.spread_classes(1000)
+    spread = sample.choose_classes(None, None, 1000, spread=True)
     assert len(spread) == 10 and spread[0] == 0 and spread[-1] == 999
-    assert sample.spread_classes(3) == [0, 1, 2]
+    assert sample.choose_classes(None, None, 3, spread=True) == [0, 1, 2]
+    assert sample.choose_classes("all", None, 11, spread=True) == list(range(11))
     assert sample.choose_classes("7, 3,7", None, 10) == [7, 3, 7]
     with pytest.raises(UserError, match="unknown class '10'; known are all, the numbers 0 to 9$"):
         sample.choose_classes("10", None, 10)
