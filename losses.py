@@ -5,39 +5,16 @@
 
 x image, y unclamped reconstruction, both (B, 3, H, W) in [-1, 1]. All terms from the first step on."""
 
+import itertools
+from collections import OrderedDict
+
 import torch
 from torch import nn
 from torch.nn.functional import relu, softplus
 
 from checkpoint import download, entries_of, match, read_weights
-from runtime import UserError
 
 # --- LPIPS (arXiv 1801.03924), version 0.1 ----------------------------------------------------------------------------
-
-# Convolutions up to each tap: (input channels, output channels, kernel, stride, padding); "pool" between them.
-_POOL_VGG, _POOL_ALEX = ("pool", 2, 2), ("pool", 3, 2)
-
-
-def _vgg_slice(c_in, c_out, count):
-    return [(c_in if i == 0 else c_out, c_out, 3, 1, 1) for i in range(count)]
-
-
-_NETWORKS = {
-    "vgg": [  # taps after relu1_2, 2_2, 3_3, 4_3, 5_3
-        _vgg_slice(3, 64, 2),
-        [_POOL_VGG, *_vgg_slice(64, 128, 2)],
-        [_POOL_VGG, *_vgg_slice(128, 256, 3)],
-        [_POOL_VGG, *_vgg_slice(256, 512, 3)],
-        [_POOL_VGG, *_vgg_slice(512, 512, 3)],
-    ],
-    "alex": [  # taps after each of the five ReLUs
-        [(3, 64, 11, 4, 2)],
-        [_POOL_ALEX, (64, 192, 5, 1, 2)],
-        [_POOL_ALEX, (192, 384, 3, 1, 1)],
-        [(384, 256, 3, 1, 1)],
-        [(256, 256, 3, 1, 1)],
-    ],
-}
 BACKBONES = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
@@ -48,29 +25,42 @@ HEADS = {
 }
 
 
-class _Slices(nn.Module):
-    """A backbone cut at its taps; layers keep their numbers in torchvision's `features`, as the released files do."""
+def _slices(network):
+    """A backbone's layers up to each of five taps: vgg's relu1_2, 2_2, 3_3, 4_3 and 5_3, or every ReLU of alex."""
+
+    def conv(c_in, c_out, kernel=3, stride=1, padding=1):
+        return nn.Conv2d(c_in, c_out, kernel, stride, padding), nn.ReLU(inplace=True)
+
+    if network == "alex":
+        return [
+            [*conv(3, 64, kernel=11, stride=4, padding=2)],
+            [nn.MaxPool2d(3, 2), *conv(64, 192, kernel=5, padding=2)],
+            [nn.MaxPool2d(3, 2), *conv(192, 384)],
+            [*conv(384, 256)],
+            [*conv(256, 256)],
+        ]
+    return [
+        [*conv(3, 64), *conv(64, 64)],
+        [nn.MaxPool2d(2, 2), *conv(64, 128), *conv(128, 128)],
+        [nn.MaxPool2d(2, 2), *conv(128, 256), *conv(256, 256), *conv(256, 256)],
+        [nn.MaxPool2d(2, 2), *conv(256, 512), *conv(512, 512), *conv(512, 512)],
+        [nn.MaxPool2d(2, 2), *conv(512, 512), *conv(512, 512), *conv(512, 512)],
+    ]
+
+
+class _Backbone(nn.Module):
+    """(B, 3, H, W) -> five taps. Layers keep their numbers in torchvision's `features`, as the released files do."""
 
     def __init__(self, slices):
         super().__init__()
-        number = 0
+        numbers = itertools.count()
         for i, layers in enumerate(slices, 1):
-            cut = nn.Sequential()
-            for layer in layers:
-                if layer[0] == "pool":
-                    cut.add_module(str(number), nn.MaxPool2d(layer[1], layer[2]))
-                    number += 1
-                else:
-                    c_in, c_out, kernel, stride, padding = layer
-                    cut.add_module(str(number), nn.Conv2d(c_in, c_out, kernel, stride, padding))
-                    cut.add_module(str(number + 1), nn.ReLU(inplace=True))
-                    number += 2
-            self.add_module(f"slice{i}", cut)
+            self.add_module(f"slice{i}", nn.Sequential(OrderedDict((str(next(numbers)), layer) for layer in layers)))
 
     def forward(self, x):
         taps = []
-        for cut in self.children():
-            x = cut(x)
+        for layers in self.children():
+            x = layers(x)
             taps.append(x)
         return taps
 
@@ -87,15 +77,6 @@ class _ScalingLayer(nn.Module):
         return (x - self.shift) / self.scale
 
 
-class _Head(nn.Module):
-    """A tap's non-negative channel weights, (1, C, 1, 1)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        # Released weights: the entry is `model.1`, behind a dropout that is off whenever LPIPS is used as a loss.
-        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
-
-
 class LPIPS(nn.Module):
     """Perceptual distance of two pictures (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1), 0 for equal ones. Frozen.
 
@@ -104,28 +85,20 @@ class LPIPS(nn.Module):
 
     def __init__(self, network="vgg"):
         super().__init__()
-        self.network = network
-        self.scaling_layer = _ScalingLayer()
-        self.net = _Slices(_NETWORKS[network])
-        self.widths = [layers[-1][1] for layers in _NETWORKS[network]]
-        for i, width in enumerate(self.widths):
-            self.add_module(f"lin{i}", _Head(width))
+        slices = _slices(network)
+        self.scaling_layer, self.net = _ScalingLayer(), _Backbone(slices)
+        for i, layers in enumerate(slices):
+            # Non-negative weights (1, C, 1, 1) of a tap's channels. Released weights: the entry is `model.1`, behind a
+            # dropout that is off whenever LPIPS is used as a loss.
+            weights = nn.Conv2d(layers[-2].out_channels, 1, 1, bias=False)
+            self.add_module(f"lin{i}", nn.ModuleDict({"model": nn.Sequential(nn.Identity(), weights)}))
         self.eval().requires_grad_(False)
 
-    def train(self, mode=True):
-        return super().train(False)
-
-    def features(self, x):
-        """The five taps of x."""
-        return self.net(self.scaling_layer(x))
-
     def forward(self, x, y):
-        # No gradient is ever wanted for the original's features: they cost neither memory nor a backward pass.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            ours = self.features(x)
+        taps_x, taps_y = self.net(self.scaling_layer(x)), self.net(self.scaling_layer(y))
         distance = 0
-        for i, (a, b) in enumerate(zip(ours, self.features(y), strict=True)):
-            distance = distance + tap_distance(a, b, getattr(self, f"lin{i}").model[1].weight)
+        for i, (a, b) in enumerate(zip(taps_x, taps_y, strict=True)):
+            distance = distance + tap_distance(a, b, getattr(self, f"lin{i}")["model"][1].weight)
         return distance
 
 
@@ -146,29 +119,22 @@ def load_lpips(network="vgg", path=None):
     or, offline, the address and the place to put the file."""
     with torch.device("meta"):
         lpips = LPIPS(network)
-    wanted = lpips.state_dict()
-    constants = _ScalingLayer().state_dict(prefix="scaling_layer.")
-    if path is not None:
-        entries = entries_of(read_weights(path), path)
-        prefix = "loss.perceptual_loss."
+    if path is None:
+        backbone, heads = download(BACKBONES[network]), download(HEADS[network])
+        layers, entries = (entries_of(read_weights(file), file) for file in (backbone, heads))
+        for name in lpips.net.state_dict():  # slice2.5.weight is torchvision's features.5.weight
+            number = name.split(".", 1)[1]
+            if f"features.{number}" in layers:  # beside a classifier that LPIPS has no use for
+                entries[f"net.{name}"] = layers[f"features.{number}"]
+        path = f"{backbone} with {heads}"
+    else:
+        entries, prefix = entries_of(read_weights(path), path), "loss.perceptual_loss."
         if any(name.startswith(prefix) for name in entries):
             entries = {n.removeprefix(prefix): v for n, v in entries.items() if n.startswith(prefix)}
-        entries = constants | entries
-    else:
-        backbone, heads = download(BACKBONES[network]), download(HEADS[network])
-        # features.N.weight, and a classifier that LPIPS has no use for
-        layers = entries_of(read_weights(backbone), backbone)
-        entries = constants | entries_of(read_weights(heads), heads)
-        for name in wanted:
-            if name.startswith("net."):  # net.slice2.5.weight is features.5.weight
-                source = "features." + name.split(".", 2)[2]
-                if source not in layers:
-                    raise UserError(f"{backbone} is not torchvision's {network} file: entry {source} is missing")
-                entries[name] = layers[source]
-        path = heads
-    match(entries, wanted, path, f"LPIPS weights ({network})")
-    lpips.load_state_dict({name: value.float().clone() for name, value in entries.items()}, assign=True)
-    return lpips.requires_grad_(False)
+    entries = _ScalingLayer().state_dict(prefix="scaling_layer.") | entries
+    match(entries, lpips.state_dict(), path, f"LPIPS weights ({network})")
+    lpips.load_state_dict({name: value.float() for name, value in entries.items()}, assign=True)
+    return lpips
 
 
 # --- The discriminator ------------------------------------------------------------------------------------------------
@@ -181,16 +147,17 @@ class PatchDiscriminator(nn.Module):
     def __init__(self):
         super().__init__()
 
-        def conv(c_in, c_out, stride, bias):
-            return nn.Conv2d(c_in, c_out, 4, stride, 1, bias=bias)
+        def block(c_in, c_out, stride):
+            conv = nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False)
+            return conv, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)
 
         self.main = nn.Sequential(
-            conv(3, 64, 2, True),
+            nn.Conv2d(3, 64, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
-            *(conv(64, 128, 2, False), nn.BatchNorm2d(128), nn.LeakyReLU(0.2)),
-            *(conv(128, 256, 2, False), nn.BatchNorm2d(256), nn.LeakyReLU(0.2)),
-            *(conv(256, 512, 1, False), nn.BatchNorm2d(512), nn.LeakyReLU(0.2)),
-            conv(512, 1, 1, True),
+            *block(64, 128, stride=2),
+            *block(128, 256, stride=2),
+            *block(256, 512, stride=1),
+            nn.Conv2d(512, 1, 4, padding=1),
         )
         for layer in self.main:
             if isinstance(layer, nn.Conv2d):
@@ -215,22 +182,19 @@ class LeCAM(nn.Module):
         self.register_buffer("real", torch.zeros(()))
         self.register_buffer("fake", torch.zeros(()))
 
-    def _moved(self, logits_real, logits_fake):
-        keep, take = self.decay, 1 - self.decay  # not torch.lerp: in float32 its 1 - 0.999 is off by 1e-5
-        real = keep * self.real + take * logits_real.detach().mean().to(self.real.dtype)
-        return real, keep * self.fake + take * logits_fake.detach().mean().to(self.fake.dtype)
+    def _moved(self, mean, logits):  # not torch.lerp: in float32 its 1 - 0.999 is off by 1e-5
+        return self.decay * mean + (1 - self.decay) * logits.detach().mean().to(mean.dtype)
 
     def forward(self, logits_real, logits_fake):
         """The term of one micro-batch, unweighted; leaves the stored means alone."""
-        real, fake = self._moved(logits_real, logits_fake)
+        real, fake = self._moved(self.real, logits_real), self._moved(self.fake, logits_fake)
         return relu(logits_real - fake).square().mean() + relu(real - logits_fake).square().mean()
 
     @torch.no_grad()
     def advance(self, mean_real, mean_fake):
         """Move the stored means by the step's mean logits (scalars)."""
-        real, fake = self._moved(mean_real, mean_fake)
-        self.real.copy_(real)
-        self.fake.copy_(fake)
+        self.real.copy_(self._moved(self.real, mean_real))
+        self.fake.copy_(self._moved(self.fake, mean_fake))
 
 
 # --- The two losses ---------------------------------------------------------------------------------------------------
@@ -239,25 +203,20 @@ def _wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def generator_gan_loss(logits):
-    """Non-saturating: softplus(-mean logit) of each image, then the mean. logits (B, 1, h, w) of D(y)."""
-    return softplus(-_wide(logits).mean((1, 2, 3))).mean()
-
-
 def generator_loss(
     x, y, quantizer_losses, lpips=None, discriminator=None, gan_weight=0.1, entropy_weight=0.1, commitment_weight=0.25
 ):
     """The generator's loss on one micro-batch, and its terms by name (detached scalars, unweighted).
     quantizer_losses: as `lfq.LFQ` returns them. lpips, discriminator: None leaves that term out. The weights are the
     paper's."""
-    absolute = (x - y).abs()
-    terms = {"l1": absolute.mean()}
-    loss = terms["l1"]
+    loss = (x - y).abs().mean()
+    terms = {"l1": loss}
     if lpips is not None:
         terms["lpips"] = lpips(x, y).mean()
         loss = loss + terms["lpips"]
     if discriminator is not None:
-        terms["gan"] = generator_gan_loss(discriminator(y))
+        logits = _wide(discriminator(y))  # (B, 1, h, w)
+        terms["gan"] = softplus(-logits.mean((1, 2, 3))).mean()  # non-saturating, of each image's mean logit
         loss = loss + gan_weight * terms["gan"]
     loss = loss + entropy_weight * quantizer_losses["entropy"]
     loss = loss + commitment_weight * quantizer_losses["commitment"]
