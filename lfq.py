@@ -32,19 +32,18 @@ def indices_to_codes(indices, bits=18, dtype=torch.float32):
 
 def split_indices(indices, factorized_bits=(6, 12)):
     """Sub-tokens of each index, lowest bits first: (...) -> one (...) a part. For (6, 12): pre 0..63, post 0..4095."""
-    parts, shift = [], 0
+    parts = []
     for bits in factorized_bits:
-        parts.append(indices >> shift & (2**bits - 1))
-        shift += bits
+        parts.append(indices & (2**bits - 1))
+        indices = indices >> bits
     return parts
 
 
 def merge_indices(sub_indices, factorized_bits=(6, 12)):
     """Undo `split_indices`: for (6, 12), pre + 64 * post; int64."""
-    index, shift = torch.zeros_like(sub_indices[0], dtype=torch.int64), 0
-    for part, bits in zip(sub_indices, factorized_bits, strict=True):
-        index = index + (part.long() << shift)
-        shift += bits
+    index = torch.zeros_like(sub_indices[0], dtype=torch.int64)
+    for part, bits in zip(reversed(sub_indices), reversed(factorized_bits), strict=True):
+        index = (index << bits) + part
     return index
 
 
@@ -77,12 +76,13 @@ def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
     """Entropy of the soft assignment of tokens to all 2^K codes, without the (N, 2^K) table.
 
     The assignment of a token is softmax over codes c of 2 z.c / temperature. It factorises over bits: bit i is +1 with
-    probability p_i = sigmoid(4 z_i / temperature), independently. So a token's entropy is the sum of K binary entropies,
-    and the mean assignment over tokens is one matrix product of two halves' tables, (2^K/2, N) x (N, 2^K/2).
+    probability p_i = sigmoid(4 z_i / temperature), independently. So a token's entropy is the sum of K binary
+    entropies, and the mean assignment over tokens is one matrix product of two halves' tables,
+    (2^(K/2), N) x (N, 2^(K/2)).
 
-    z: (N, K) latents. Returns two scalars, in nats: `sample_entropy`, mean over tokens; `codebook_entropy`, -sum_c pbar_c
-    log(pbar_c + eps) of the mean assignment pbar (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18: as
-    published). Computed in float64 on a CPU, elsewhere in float32 at least, whatever autocast says. (In float32 the
+    z: (N, K) latents. Returns two scalars, in nats: `sample_entropy`, mean over tokens; `codebook_entropy`, -sum_c
+    pbar_c log(pbar_c + eps) of the mean assignment pbar (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18:
+    as published). Computed in float64 on a CPU, elsewhere in float32 at least, whatever autocast says. (In float32 the
     gradient of their difference is off by up to percents where tokens are few.)
 
     global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally many. The
@@ -122,13 +122,13 @@ class LFQ(nn.Module):
 
     def forward(self, z):
         signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
-        indices = codes_to_indices(z.movedim(1, -1))
-        zero = z.new_zeros((), dtype=torch.promote_types(z.dtype, torch.float32))
-        losses = dict.fromkeys(("entropy", "sample_entropy", "codebook_entropy", "commitment"), zero)
+        pixels = z.movedim(1, -1)  # (B, K, h, w) -> (B, h, w, K)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        sample = codebook = commitment = z.new_zeros((), dtype=dtype)
         if self.training:
-            tokens = z.movedim(1, -1).reshape(-1, self.bits)  # (B, K, h, w) -> (N, K)
+            tokens = pixels.reshape(-1, self.bits)  # (B, h, w, K) -> (N, K)
             sample, codebook = entropy_terms(tokens, self.temperature, self.eps, self.global_batch)
-            commitment = (z.to(sample.dtype) - signs.detach().to(sample.dtype)).square().mean()
-            terms = {"entropy": sample - codebook, "sample_entropy": sample, "codebook_entropy": codebook}
-            losses = {name: value.to(zero.dtype) for name, value in (terms | {"commitment": commitment}).items()}
-        return z + (signs - z).detach(), indices, losses
+            commitment = (z.to(sample.dtype) - signs).square().mean()
+        losses = {"entropy": sample - codebook, "sample_entropy": sample, "codebook_entropy": codebook}
+        losses = {name: value.to(dtype) for name, value in (losses | {"commitment": commitment}).items()}
+        return z + (signs - z).detach(), codes_to_indices(pixels), losses
