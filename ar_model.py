@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fast
-from checkpoint import entries_of, locate, match, read_weights
+from checkpoint import entries_of, locate, read_weights
 from lfq import merge_indices
 from runtime import UserError, reading, to_device
-from tokenizer import own_tokenizer, tokenizer_from_entries
+from tokenizer import HUB, entries_under, model_from_entries, own_tokenizer, tokenizer_from_entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +46,14 @@ class ARConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "factorized_bits", tuple(self.factorized_bits))  # JSON makes it a list
-        sizes = (self.width, self.heads, self.spatial_layers, self.intra_layers, self.num_classes, self.grid)
-        if not all(type(n) is int and 1 <= n <= 10**6 for n in (*sizes, *self.factorized_bits)) or self.grid > 1024:
-            raise UserError(f"sizes must be whole numbers from 1 to a million, the grid up to 1024: {self}")
+        layers, bits = (self.spatial_layers, self.intra_layers), self.factorized_bits
+        sizes = (self.width, self.heads, self.num_classes, self.grid, *layers, *bits)
+        if not all(type(n) is int and 1 <= n <= 10**6 for n in sizes) or self.grid > 1024 or max(layers) > 200:
+            raise UserError(f"sizes must be whole numbers from 1, layers up to 200, the grid up to 1024: {self}")
         if self.width % (4 * self.heads):  # rotation pairs, half of them for rows, half for columns
             raise UserError(f"width {self.width} over {self.heads} heads: a head's width must be a whole multiple of 4")
-        if len(self.factorized_bits) != 2 or sum(self.factorized_bits) > 30:
-            raise UserError(f"factorized_bits must be two (pre, post), 30 at most in all, not {self.factorized_bits}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if len(bits) != 2 or sum(bits) > 30 or not 0 <= self.dropout < 1:
+            raise UserError(f"factorized_bits must be two, 30 at most in all, dropout from 0 to below 1: {self}")
 
     @property
     def head_width(self):
@@ -69,10 +68,7 @@ AR_SIZES = {
     "XL": ARConfig(width=1536, heads=24, spatial_layers=48, intra_layers=4),
 }
 
-RELEASED_AR = {
-    name: f"https://huggingface.co/TencentARC/Open-MAGVIT2-AR-{name}-256-resolution/resolve/main/AR_256_{name}.ckpt"
-    for name in ("B", "L", "XL")
-}
+RELEASED_AR = {n: f"{HUB}/Open-MAGVIT2-AR-{n}-256-resolution/resolve/main/AR_256_{n}.ckpt" for n in ("B", "L", "XL")}
 
 
 # --- The network. Module names are those of the released files. -------------------------------------------------------
@@ -227,7 +223,8 @@ class ARTransformer(nn.Module):
         sub_indices: pre and post, (B, N) integers each, N up to grid^2. class_labels: (B,) in 0..num_classes. Returns
         [logits_pre (B, N, V_pre), logits_post (B, N, V_post)]. In train mode classes and tokens drop out, drawn from
         torch's global generator. Raises UserError where N is larger than the grid."""
-        (pre, post), (batch, tokens) = sub_indices, sub_indices[0].shape
+        pre, post = sub_indices
+        batch, tokens = pre.shape
         if tokens > self.config.grid**2:
             raise UserError(f"{tokens} tokens do not fit this model's grid of {self.config.grid}x{self.config.grid}")
         if self.training:
@@ -274,8 +271,7 @@ class ARTransformer(nn.Module):
             raise UserError(f"class labels must be 0 to {config.num_classes} (no class), not {lowest} to {highest}")
         options = [SubTokenOptions(*part) for part in zip(cfg_scale, temperature, top_k, top_p)]
         if len(options) != 2 or not all(abs(s) <= 1e3 >= t >= 1e-3 and k >= 0 and 0 < p <= 1 for s, t, k, p in options):
-            ranges = "cfg_scale up to 1000, temperature 0.001 to 1000, top_k from 0, top_p above 0 and at most 1"
-            raise UserError(f"options are pairs (pre, post): {ranges}")
+            raise UserError("pairs of cfg_scale up to 1000, temperature 0.001 to 1000, top_k from 0, 0 < top_p <= 1")
         # Draws are made in float64, which accelerators but CUDA's lack.
         dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
         uniforms = to_device(image_uniforms(seeds, config.grid**2).to(dtype), device)
@@ -295,10 +291,8 @@ class ARTransformer(nn.Module):
 
 def cross_entropies(logits, sub_indices):
     """The mean cross entropies (pre, post), in nats, float32, of two logits (B, N, V) and indices (B, N)."""
-    return tuple(
-        F.cross_entropy(part.float().flatten(0, 1), answer.flatten())
-        for part, answer in zip(logits, sub_indices, strict=True)
-    )
+    pairs = zip(logits, sub_indices, strict=True)
+    return [F.cross_entropy(part.float().flatten(0, 1), answer.flatten()) for part, answer in pairs]
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
@@ -387,37 +381,35 @@ def load_ar(path_or_name, config=None):
     naming the file, the entries at fault and the size expected; nothing is loaded in part."""
     path = locate(path_or_name, RELEASED_AR)
     with reading(path, "a transformer file"):
-        content, class_names, tokenizer = read_weights(path), None, None
-        kind = content.get("kind") if isinstance(content, dict) else None
-        if kind == "ar":  # this project's own
-            try:
-                config, entries = config or ARConfig(**content["config"]), content["model"]
-                class_names = content["class_names"]
-                if class_names and [type(name) for name in class_names] != [str] * config.num_classes:
-                    raise UserError(f"class_names are not those of {config.num_classes} classes")
-                tokenizer = own_tokenizer(content, path) if content["tokenizer"] else None
-            except (KeyError, TypeError, UserError) as error:
-                raise UserError(f"{path} is no whole transformer file of this project: {error}") from None
-        else:
-            entries, carried = {}, {}
-            for name, value in entries_of(content, path).items():
-                if name.startswith("first_stage_model."):
-                    carried[name.removeprefix("first_stage_model.")] = value
-                elif (short := name.removeprefix("transformer.")) in entries:
-                    raise UserError(f"{path} holds entry {short} twice, with and without transformer. before it")
-                else:
-                    entries[short] = value
-            config = config or _config_by_width(entries, path)
-            tokenizer = tokenizer_from_entries(carried, path) if carried else None
-        if config.spatial_layers + config.intra_layers > len(entries):  # before so many are built
-            raise UserError(f"{path} holds {len(entries)} entries, too few for the blocks of its size")
-        with torch.device("meta"):  # no memory and no time for an initialisation that is replaced
-            model = ARTransformer(config)
-        size = next((name for name, size in AR_SIZES.items() if size == config), "own")
-        match(entries, model.state_dict(), path, f"the {size} transformer, {config}")
-        model.load_state_dict({name: value.float() for name, value in entries.items()}, assign=True)
+        content = read_weights(path)
+        own = isinstance(content, dict) and content.get("kind") == "ar"
+        config, entries, class_names, tokenizer = (_own if own else _released)(content, path, config)
+        model = model_from_entries(ARTransformer, config, AR_SIZES, entries, path, "transformer")
         model.class_names = class_names
-        return model.eval(), tokenizer
+        return model, tokenizer
+
+
+def _own(content, path, config):
+    """(ARConfig, entries, names of the classes or None, Tokenizer or None) of this project's own file."""
+    try:
+        config, entries, names = config or ARConfig(**content["config"]), content["model"], content["class_names"]
+        if names and [type(name) for name in names] != [str] * config.num_classes:
+            raise UserError(f"class_names are not those of {config.num_classes} classes")
+        return config, entries, names, own_tokenizer(content, path) if content["tokenizer"] else None
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{path} is no whole transformer file of this project: {error}") from None
+
+
+def _released(content, path, config):
+    """The same of a released file, or of a bare state dict."""
+    content, prefixes = entries_of(content, path), ("transformer.", "first_stage_model.")
+    entries, carried = (entries_under(prefix, content) for prefix in prefixes)
+    bare = {name: value for name, value in content.items() if not name.startswith(prefixes)}
+    if twice := bare.keys() & entries.keys():
+        raise UserError(f"{path} holds entry {min(twice)} twice, with and without transformer. before it")
+    entries |= bare
+    tokenizer = tokenizer_from_entries(carried, path) if carried else None
+    return config or _config_by_width(entries, path), entries, None, tokenizer
 
 
 def _config_by_width(entries, source):

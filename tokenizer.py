@@ -11,7 +11,7 @@ Letters: B batch, K bits (latent channels), C channels, H W pixels, h w latent g
 
 import re
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -36,12 +36,10 @@ class TokenizerConfig:
     def __post_init__(self):
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         numbers = (self.channels, *self.channel_multipliers, self.blocks_per_level, self.bits)
-        if not all(type(number) is int and 1 <= number <= 10**6 for number in numbers):
-            raise UserError(f"channels, multipliers, blocks and bits must be whole numbers from 1 to a million: {self}")
-        if self.channels % 32 or not self.channel_multipliers:
-            raise UserError(f"channels must be a multiple of 32 (GroupNorm's groups), multipliers one or more: {self}")
-        if self.bits > 30:
-            raise UserError(f"bits must be 1 to 30, not {self.bits}")
+        whole = all(type(n) is int and 1 <= n <= 10**6 for n in numbers) and 1 <= len(self.channel_multipliers) <= 10
+        if not whole or self.channels % 32 or self.blocks_per_level > 100 or self.bits > 30:
+            ranges = "channels must be a multiple of 32, multipliers and blocks must be at least 1"
+            raise UserError(f"{ranges}, bits must be 1 to 30, with at most 10 levels of 100 blocks: {self}")
 
     @property
     def widths(self):
@@ -97,28 +95,7 @@ class ResBlock(nn.Module):
 
 
 def res_blocks(c_in, c_out, count):
-    return nn.ModuleList([ResBlock(c_in if i == 0 else c_out, c_out) for i in range(count)])
-
-
-class Level(nn.Module):
-    """One resolution: its ResBlocks, and where there is a next level the layer that changes the resolution."""
-
-    def __init__(self, c_in, c_out, blocks, downsample=False, upsample=False):
-        super().__init__()
-        self.block = res_blocks(c_in, c_out, blocks)
-        if downsample:
-            self.downsample = nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)
-        if upsample:
-            self.upsample = Upsampler(c_out)
-
-    def forward(self, x):
-        for block in self.block:
-            x = block(x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        if hasattr(self, "upsample"):
-            x = self.upsample(x)
-        return x
+    return nn.Sequential(*(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(count)))
 
 
 class Upsampler(nn.Module):
@@ -136,8 +113,8 @@ class Upsampler(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """GroupNorm of x (B, C, H, W) whose scale and bias come from the deviation and the mean, over pixels, of each channel
-    of the quantized latent z (B, K, h, w)."""
+    """GroupNorm of x (B, C, H, W) whose scale and bias come from the deviation and the mean, over pixels, of each
+    channel of the quantized latent z (B, K, h, w)."""
 
     def __init__(self, channels, bits):
         super().__init__()
@@ -165,9 +142,13 @@ class Encoder(nn.Module):
         widths, blocks = config.widths, config.blocks_per_level
         incoming = [config.channels, *widths[:-1]]  # width that enters level i, coming from level i - 1
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1, bias=False)
-        self.down = nn.ModuleList(
-            Level(incoming[i], widths[i], blocks, downsample=i < len(widths) - 1) for i in range(len(widths))
-        )
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = nn.Sequential()
+            level.block = res_blocks(incoming[i], width, blocks)
+            if i < len(widths) - 1:
+                level.downsample = nn.Conv2d(width, width, 3, stride=2, padding=1)
+            self.down.append(level)
         self.mid_block = res_blocks(widths[-1], widths[-1], blocks)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.bits, 1)
@@ -176,9 +157,8 @@ class Encoder(nn.Module):
         x = self.conv_in(x)  # (B, C, H, W)
         for level in self.down:
             x = level(x)  # (B, widths[i], H / 2^i, W / 2^i), halved at its end
-        for block in self.mid_block:
-            x = block(x)
-        return self.conv_out(norm_silu(self.norm_out, x))  # (B, widths[-1], h, w) -> (B, K, h, w)
+        x = self.mid_block(x)  # (B, widths[-1], h, w)
+        return self.conv_out(norm_silu(self.norm_out, x))  # (B, K, h, w)
 
 
 class Decoder(nn.Module):
@@ -191,19 +171,23 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
         self.mid_block = res_blocks(widths[-1], widths[-1], blocks)
         self.adaptive = nn.ModuleList(AdaptiveGroupNorm(width, config.bits) for width in incoming)
-        self.up = nn.ModuleList(Level(incoming[i], widths[i], blocks, upsample=i > 0) for i in range(len(widths)))
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = nn.Sequential()
+            level.block = res_blocks(incoming[i], width, blocks)
+            if i > 0:
+                level.upsample = Upsampler(width)
+            self.up.append(level)
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
         if z.shape[2] * z.shape[3] < 2:
             raise UserError("the decoder needs at least two tokens an image (it takes the variance over them)")
-        x = self.conv_in(z)  # (B, K, h, w) -> (B, widths[-1], h, w)
-        for block in self.mid_block:
-            x = block(x)
+        x = self.mid_block(self.conv_in(z))  # (B, K, h, w) -> (B, widths[-1], h, w)
         for norm, level in zip(reversed(self.adaptive), reversed(self.up), strict=True):
             x = level(norm(x, z))  # (B, widths[i], H / 2^i, W / 2^i), doubled at its end
-        return self.conv_out(norm_silu(self.norm_out, x))  # (B, widths[0], H, W) -> (B, 3, H, W)
+        return self.conv_out(norm_silu(self.norm_out, x))  # (B, 3, H, W)
 
 
 class Tokenizer(nn.Module):
@@ -221,9 +205,9 @@ class Tokenizer(nn.Module):
 
     def quantize(self, images):
         """Images -> (quantized (B, K, h, w), indices (B, h, w), losses)."""
-        if images.shape[2] % self.factor or images.shape[3] % self.factor:
-            size = f"{images.shape[2]}x{images.shape[3]}"
-            raise UserError(f"image size {size} is not a multiple of {self.factor}, this tokenizer's factor")
+        height, width = images.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise UserError(f"image size {height}x{width} is not a multiple of {self.factor}, this tokenizer's factor")
         return self.quantizer(self.encoder(images))
 
     def encode(self, images):
@@ -260,13 +244,13 @@ def load_tokenizer(path_or_name, ema=True):
 def own_tokenizer(content, path, ema=True):
     """The Tokenizer of this project's own file of either stage; of stage II's, the one it was trained with."""
     try:
-        if content["kind"] == "ar":
-            if content["tokenizer"] is None:
-                raise UserError("it is a transformer file that carries no tokenizer")
-            config, state = content["tokenizer"]["config"], content["tokenizer"]["state"]
-        else:
+        if content["kind"] == "tokenizer":
             config, state = content["config"], content["tokenizer"]
             state = content.get("tokenizer_ema", state) if ema else state
+        elif content["tokenizer"] is None:
+            raise UserError("it is a transformer file that carries no tokenizer")
+        else:
+            config, state = content["tokenizer"]["config"], content["tokenizer"]["state"]
         config = TokenizerConfig(**config)
     except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{path} is no whole file of this project: {error}") from None
@@ -283,17 +267,13 @@ _OF_TRAINING = re.compile(
 
 def _released(entries, source, ema):
     """The Tokenizer of a released file, or of a bare state dict."""
-    carried, averages = (
-        {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
-        for prefix in ("first_stage_model.", "model_ema.")
-    )
-    if carried:  # by a transformer
+    if carried := entries_under("first_stage_model.", entries):  # by a transformer
         return tokenizer_from_entries(carried, source)
     weights = {name: value for name, value in entries.items() if name.startswith(("encoder.", "decoder."))}
     for name in entries:
         if not (name in weights or name.startswith("model_ema.") or _OF_TRAINING.fullmatch(name)):
             raise UserError(f"{source} is no tokenizer file: entry {name} is unexpected")
-    tokenizer = tokenizer_from_entries(weights, source)
+    tokenizer, averages = tokenizer_from_entries(weights, source), entries_under("model_ema.", entries)
     if ema and not averages:
         warnings.warn(f"{source} holds no moving average (model_ema.*): its weights are used as they stand")
     elif ema:
@@ -302,39 +282,47 @@ def _released(entries, source, ema):
         expected = {name.replace(".", ""): entries[name] for name in (*weights, *trained)}
         averages = {name: value for name, value in averages.items() if name not in ("decay", "num_updates")}
         match(averages, expected, f"{source} (under model_ema.)", "the moving average of its weights")
-        tokenizer.load_state_dict({name: averages[name.replace(".", "")] for name in weights})
+        tokenizer = tokenizer_from_entries({name: averages[name.replace(".", "")] for name in weights}, source)
     return tokenizer
+
+
+def entries_under(prefix, entries):
+    """The entries whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
 
 
 def tokenizer_from_entries(entries, source, config=None):
     """A Tokenizer in eval mode from its `encoder.*` and `decoder.*` entries; the size is read off their shapes.
     Raises UserError naming `source`, the entries that are missing, unexpected or wrongly shaped, and the size."""
     config = config or _config_of(entries, source)
-    if len(config.widths) * config.blocks_per_level > len(entries):  # before so many are built
-        raise UserError(f"{source} holds {len(entries)} entries, too few for the blocks of its size")
-    with torch.device("meta"):
-        tokenizer = Tokenizer(config)
-    name = next((f"{name} tokenizer" for name, size in TOKENIZER_SIZES.items() if size == config), None)
-    match(entries, tokenizer.state_dict(), source, f"a {name or f'tokenizer of size {asdict(config)}'}")
-    tokenizer.load_state_dict({name: value.to(torch.float32).clone() for name, value in entries.items()}, assign=True)
-    return tokenizer.eval().requires_grad_(True)
+    return model_from_entries(Tokenizer, config, TOKENIZER_SIZES, entries, source, "tokenizer")
+
+
+def model_from_entries(model_class, config, sizes, entries, source, what):
+    """A model in eval mode, float32, whose state dict is `entries`. sizes: the configurations that have a name."""
+    with torch.device("meta"):  # no memory and no time for an initialisation that is replaced
+        model = model_class(config)
+    size = next((name for name, size in sizes.items() if size == config), config)
+    match(entries, model.state_dict(), source, f"the {size} {what}")
+    model.load_state_dict({name: value.float() for name, value in entries.items()}, assign=True)
+    return model.eval()
 
 
 def _config_of(entries, source):
     """The TokenizerConfig that the entries' names and shapes spell out."""
 
-    def shape(name):
+    def width(name):  # of a convolution's output
         value = entries.get(name)
         if not isinstance(value, torch.Tensor) or value.ndim != 4 or value.numel() == 0:
             found = f"has shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else "is missing, or no tensor"
             raise UserError(f"{source} holds no tokenizer: entry {name} {found}")
-        return value.shape
+        return len(value)
 
     def count(prefix):  # of the numbers behind it
-        return len({name.removeprefix(prefix).split(".")[0] for name in entries if name.startswith(prefix)})
+        return len({name.split(".")[0] for name in entries_under(prefix, entries)})
 
-    channels, bits = shape("encoder.conv_in.weight")[0], shape("encoder.conv_out.weight")[0]
-    widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(count("encoder.down."))]
+    channels, bits = width("encoder.conv_in.weight"), width("encoder.conv_out.weight")
+    widths = [width(f"encoder.down.{i}.block.0.conv1.weight") for i in range(count("encoder.down."))]
     try:
         multipliers = tuple(width // channels for width in widths)
         return TokenizerConfig(channels, multipliers, count("encoder.down.0.block."), bits)
