@@ -72,17 +72,6 @@ RELEASED_AR = {n: f"{HUB}/Open-MAGVIT2-AR-{n}-256-resolution/resolve/main/AR_256
 
 
 # --- The network. Module names are those of the released files. -------------------------------------------------------
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, eps 1e-5, in float32 whatever autocast says."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), eps=1e-5).type_as(x)
-
-
 def rotary_table(grid, head_width, device=None):
     """cos and sin of the 2D rotary embedding, (2, grid^2 + 1, D/2) float32.
     Grid place t stands at position t + 1. The first D/4 rotation pairs turn by row * frequency, the others by column *
@@ -179,9 +168,9 @@ class Block(nn.Module):
     def __init__(self, config, attention=Attention):
         super().__init__()
         self.dropout = config.dropout
-        self.attention_norm = RMSNorm(config.width)
+        self.attention_norm = nn.RMSNorm(config.width, eps=1e-5)
         self.attention = attention(config)
-        self.ffn_norm = RMSNorm(config.width)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=1e-5)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x, *place):  # place: rotary, cache, position, as the attention takes them
@@ -206,7 +195,7 @@ class ARTransformer(nn.Module):
         self.class_emb = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, config.width)})
         self.spatial_blocks = nn.ModuleList(Block(config) for _ in range(config.spatial_layers))
         self.factorized_blocks = nn.ModuleList(Block(config, PairAttention) for _ in range(config.intra_layers))
-        self.norm = RMSNorm(config.width)
+        self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.head = nn.ModuleList(nn.Linear(config.width, size, bias=False) for size in (pre, post))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
