@@ -32,16 +32,10 @@ from tokenizer import load_tokenizer
 # The paper's settings for B, L and XL. tiny is ours, for a CPU.
 PAPER = {"global_batch": 768, "micro_batch": 24, "lr": 3e-4, "epochs": 300, "warmup_epochs": 6, "steps": 0}
 TINY = {"global_batch": 64, "micro_batch": 64, "lr": 1.5e-3, "epochs": 0, "warmup_epochs": 0.5, "steps": 470}
-PRESETS = {
-    "tiny": TINY,
-    "B": {**PAPER},
-    "L": {**PAPER},
-    "XL": {**PAPER, "lr": 2.4e-4, "epochs": 350, "warmup_epochs": 7},
-}
+PRESETS = {"tiny": TINY, "B": PAPER, "L": PAPER, "XL": {**PAPER, "lr": 2.4e-4, "epochs": 350, "warmup_epochs": 7}}
+SIZE_FLAGS = ("width", "heads", "spatial_layers", "intra_layers", "dropout")
 for name, preset in PRESETS.items():
-    size = AR_SIZES[name]
-    preset |= {"width": size.width, "heads": size.heads, "dropout": size.dropout}
-    preset |= {"spatial_layers": size.spatial_layers, "intra_layers": size.intra_layers}
+    PRESETS[name] = {**preset, **{flag: getattr(AR_SIZES[name], flag) for flag in SIZE_FLAGS}}
 
 # Settings that a resumed run may change freely: they leave the weights alone, up to rounding and, for the micro-batch,
 # which values dropout takes.
@@ -74,8 +68,7 @@ def parse(argv=None):
     add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
     add = arguments.add_argument_group("memory").add_argument
     add("--shard", action="store_true", help="spread weights, gradients, optimizer over processes (FSDP2); same files")
-    rerun_help = "keep only each block's input and run it again in the backward pass: a third more arithmetic"
-    add("--checkpoint-activations", action="store_true", help=rerun_help)
+    add("--checkpoint-activations", action="store_true", help="keep only blocks' inputs, run them twice: 1/3 more work")
     fast_help = "compile the blocks, replay passes as CUDA graphs (none beside the two flags above); "
     fast_help += "default: on a GPU, for runs of 500 steps or more without those two"
     add("--compile", action=argparse.BooleanOptionalAction, help=fast_help)
@@ -99,17 +92,14 @@ def open_caches(args):
     return codes, val_codes, tokenizer
 
 
-def learning_rate(
-    iteration, peak, iterations_an_epoch, epochs, warmup_epochs, warmup_start=0.005, flat=0.05, floor=0.1
-):
-    """Learning rate of an iteration, counted from 0.
-    A linear warm-up from warmup_start * peak over `warmup_epochs`, rounded to whole iterations; then, over the
-    iterations that remain, the peak for their first `flat` share, and a straight line to floor * peak, reached at the
-    last iteration."""
-    warmup, last = round(warmup_epochs * iterations_an_epoch), epochs * iterations_an_epoch - 1
-    if iteration < warmup:
-        return peak * (warmup_start + (1 - warmup_start) * iteration / warmup)
-    done = (iteration - warmup) / max(last - warmup, 1)
+def learning_rate(step, peak, total, warmup, start=0.005, flat=0.05, floor=0.1):
+    """Learning rate of a step, counted from 0, of `total`.
+    A linear warm-up from start * peak over `warmup` steps, rounded; then, over the steps that remain, the peak for
+    their first `flat` share, and a straight line to floor * peak, reached at the last step."""
+    warmup = round(warmup)
+    if step < warmup:
+        return peak * (start + (1 - start) * step / warmup)
+    done = (step - warmup) / max(total - 1 - warmup, 1)
     if done <= flat:
         return peak
     return peak * (floor + (1 - floor) * (1 - done) / (1 - flat))
@@ -134,9 +124,7 @@ def main():
     args.precision = runtime.set_precision(rt, args.precision)
     accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
     if args.shard and rt.world == 1:
-        raise UserError(
-            "--shard spreads the model over processes, and here is one; launch with torchrun or leave it out"
-        )
+        raise UserError("--shard spreads the model over processes, and here is one; launch with torchrun or drop it")
 
     # Data
     codes, val_codes, tokenizer = open_caches(args)
@@ -145,15 +133,14 @@ def main():
 
     # Model
     runtime.seed_everything(args.seed)
-    sizes = (args.width, args.heads, args.spatial_layers, args.intra_layers)
+    size = {flag: getattr(args, flag) for flag in SIZE_FLAGS}
     bits = (args.pre_bits, tokenizer.config.bits - args.pre_bits)
-    config = ARConfig(*sizes, bits, grid=codes.grid[0], num_classes=len(codes.classes), dropout=args.dropout)
-    model = ARTransformer(config)
-    blocks, loss_terms = [*model.spatial_blocks, *model.factorized_blocks], cross_entropies
+    config = ARConfig(**size, factorized_bits=bits, grid=codes.grid[0], num_classes=len(codes.classes))
+    model, loss_terms = ARTransformer(config), cross_entropies
     if args.checkpoint_activations:
-        for block in blocks:
+        for block in [*model.spatial_blocks, *model.factorized_blocks]:
             rerun_in_backward(block)
-    # Neither has been tried together with graphs; with compiled blocks only where that is asked for.
+    # Neither has been tried with CUDA graphs; compiled blocks go with them only where --compile asks for it.
     plain = not (args.shard or args.checkpoint_activations)
     compiled = (plain or args.compile) and fast.compiles(rt.device, args.compile, total)
     if compiled:
@@ -167,16 +154,14 @@ def main():
 
     # Optimizer. The published code makes two groups, but its schedule then writes the decay into both: all decay.
     fused = rt.device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, fused=fused
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=fused)
     if args.shard:
         whole_in_files(rt, model, optimizer)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
 
     # Resume
-    settings = vars(args) | {"pictures": len(codes), "total_steps": total}
-    settings |= {"tokenizer_hash": codes.manifest["tokenizer_hash"], "codes_hash": codes.identity}
+    settings = vars(args) | {"pictures": len(codes), "total_steps": total, "codes_hash": codes.identity}
+    settings["tokenizer_hash"] = codes.manifest["tokenizer_hash"]
     saved = {"model": model, "optimizer": optimizer, "scaler": scaler}  # by their names in the file
     carried = {"config": asdict(tokenizer.config), "state": tokenizer.state_dict()}
     contents = {"kind": "ar", "config": asdict(config), "class_names": codes.classes, "tokenizer": carried}
@@ -199,8 +184,7 @@ def main():
         with torch.compiler.set_stance("force_eager"):
             if val_codes:
                 pre, post = validation_losses(rt, model, val_codes, args)
-                found = {"val_loss": pre + post, "val_cross_entropy_pre": pre, "val_cross_entropy_post": post}
-                run.log.note(run.step, **found)
+                run.log.note(run.step, val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)
             drawing = unsharded(rt, model)
             if rt.main:
                 run.save_picture(draw_samples(rt, drawing, tokenizer, args))
@@ -211,7 +195,7 @@ def main():
     if run.step and run.due(args.eval_every) and not run.log.has_note(run.step):
         evaluate()  # the run ended between the save and the end of its evaluation
     for step in range(run.step, total):
-        lr = learning_rate(step, args.lr, 1, total, args.warmup_epochs * epoch_steps)
+        lr = learning_rate(step, args.lr, total, args.warmup_epochs * epoch_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
 

@@ -92,23 +92,23 @@ def test_golden_schedule():
     table = load("ar_schedule")["table"].numpy()
     table = table[table[:, 1] == table[:, 2]]
     assert len(table) == 34
-    for peak, _, _, warmup, start, floor, per_epoch, epochs, iteration, expected, *_ in table:
-        ours = train_ar.learning_rate(iteration, peak, per_epoch, epochs, warmup, start, floor=floor)
+    for peak, _, _, warmup, start, floor, per_epoch, epochs, step, expected, *_ in table:
+        ours = train_ar.learning_rate(step, peak, epochs * per_epoch, warmup * per_epoch, start, floor=floor)
         assert ours == pytest.approx(expected, rel=0, abs=1e-9)
 
 
-@pytest.mark.parametrize("iteration", range(21))
-def test_a_warmup_is_whole_iterations(iteration):
-    ours = train_ar.learning_rate(iteration, 1.0, 7, 3, 0.6)  # 4.2 of them
-    assert ours == pytest.approx(train_ar.learning_rate(iteration, 1.0, 1, 21, 4), rel=1e-12)
+@pytest.mark.parametrize("step", range(21))
+def test_a_warmup_is_whole_steps(step):
+    ours = train_ar.learning_rate(step, 1.0, 21, 7 * 0.6)  # 4.2 of them
+    assert ours == pytest.approx(train_ar.learning_rate(step, 1.0, 21, 4), rel=1e-12)
 
 
 def test_schedule_defaults_and_ends():
-    assert train_ar.learning_rate(0, 1.0, 10, 20, 2) == 0.005
-    assert train_ar.learning_rate(20, 1.0, 10, 20, 2) == 1.0
-    assert train_ar.learning_rate(199, 1.0, 10, 20, 2) == pytest.approx(0.1)
-    assert train_ar.learning_rate(0, 1.0, 1, 1, 0) == 1.0  # a run of one iteration, no warm-up
-    assert train_ar.learning_rate(9, 1.0, 10, 1, 0, flat=1.0) == 1.0
+    assert train_ar.learning_rate(0, 1.0, 200, 20) == 0.005
+    assert train_ar.learning_rate(20, 1.0, 200, 20) == 1.0
+    assert train_ar.learning_rate(199, 1.0, 200, 20) == pytest.approx(0.1)
+    assert train_ar.learning_rate(0, 1.0, 1, 0) == 1.0  # a run of one step, no warm-up
+    assert train_ar.learning_rate(9, 1.0, 10, 0, flat=1.0) == 1.0
 
 
 def test_golden_training():
