@@ -72,8 +72,7 @@ def parse(argv=None):
     add("--gan-weight", type=at_least(0, float), help="weight of the adversarial term; 0: no discriminator at all")
     add("--lecam-weight", type=at_least(0, float), help="weight of LeCAM in the discriminator's loss")
     add("--entropy-weight", type=at_least(0, float), help="weight of the entropy term")
-    together = "codebook entropy of all devices' micro-batches together, not of each one's; accumulated ones stay apart"
-    add("--global-entropy", action="store_true", help=together)
+    add("--global-entropy", action="store_true", help="codebook entropy over all devices (accumulated ones stay apart)")
     add = arguments.add_argument_group("schedule").add_argument
     training.add_length_flags(add)
     add("--lr", type=at_least(0, float), help="learning rate of both Adams")
@@ -129,7 +128,7 @@ def main():
 
     # Models
     runtime.seed_everything(args.seed)
-    config = TokenizerConfig(args.channels, tuple(args.multipliers), args.blocks, args.bits)
+    config = TokenizerConfig(args.channels, args.multipliers, args.blocks, args.bits)
     if args.size % config.factor:
         raise UserError(f"--size {args.size} is not a multiple of {config.factor}, the tokenizer's factor")
     if args.gan_weight and args.size < 24:
@@ -150,18 +149,16 @@ def main():
 
     # Optimizers
     fused = rt.device.type == "cuda"
-    optimizers = {
-        name: torch.optim.Adam(module.parameters(), args.lr, betas=(0.5, 0.9), eps=1e-8, fused=fused)
-        for name, module in trained.items()
-    }
+    optimizers = {}
+    for name, module in trained.items():
+        optimizers[name] = torch.optim.Adam(module.parameters(), args.lr, betas=(0.5, 0.9), fused=fused)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
 
     # Resume
     saved = {"lecam": lecam, "scaler": scaler}  # by their names in the file
     for name, module in trained.items():
         saved |= {name: module, f"{name}_ema": average[name], f"optimizer_{name}": optimizers[name]}
-    settings = vars(args) | {"pictures": len(pictures), "total_steps": total}
-    settings |= {"pictures_hash": data.identity(pictures)}
+    settings = vars(args) | {"pictures": len(pictures), "total_steps": total, "pictures_hash": data.identity(pictures)}
     run = training.Run(rt, args, settings, MAY_CHANGE, saved, kind="tokenizer", config=asdict(config))
     rt.say(
         f"{len(pictures)} pictures, {epoch_steps} steps an epoch, {total} steps; global batch {args.global_batch} = "
@@ -215,7 +212,7 @@ def main():
         scaler.update()
 
         # Means over the global batch, LeCAM's running means, moving average of the weights
-        means = torch.stack([torch.stack([term[name] for name in terms[0]]) for term in terms]).mean(0)
+        means = torch.stack([torch.stack(list(term.values())) for term in terms]).mean(0)
         if rt.world > 1:
             torch.distributed.all_reduce(means)
             means = means / rt.world
