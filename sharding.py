@@ -4,9 +4,8 @@
     optimizer = AdamW(model.parameters())
     whole_in_files(rt, model, optimizer)    # state_dict() and load_state_dict() are those of one process
 
-Files hold whole tensors under plain names, so a run may go on with or without sharding, on any number of processes. The
-price is memory of the host: every process builds the whole model on its CPU (4 bytes a parameter), reads the whole
-checkpoint to resume (12 more), and the main one gathers it to save (12)."""
+Files hold whole tensors under plain names: a run may go on with or without sharding, on any number of processes. In the
+host's memory every process builds the whole model (4 bytes a parameter) and reads the whole checkpoint (12 more)."""
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,13 +18,10 @@ from ar_model import ARTransformer
 
 
 def shard(rt, model, precision):
-    """Spread a model on the CPU over all processes' devices, in place: of its blocks, a device holds its share and one
-    or two that are at work.
-
-    The shares, their gradients' sums and AdamW are float32. A block is gathered in `precision`, which is what autocast
-    would compute in, so the two agree but for the norms' weights; gathered in float32, autocast's own copies of all
-    weights would wait, whole, on every device for the backward pass. Embeddings, last norm and heads are gathered in
-    float32, and inputs are left alone: what passes between blocks stays float32."""
+    """Spread a model on the CPU over all processes' devices, in place.
+    The shares, their gradients' sums and AdamW are float32. A block is gathered in `precision`, which autocast would
+    compute in: gathered in float32, autocast's own copies of all weights would wait, whole, for the backward pass.
+    Embeddings, last norm, heads, and what passes between blocks stay float32."""
     mesh = init_device_mesh(rt.device.type, (rt.world,))
     dtype = None if precision == "fp32" else runtime.PRECISIONS[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -73,8 +69,8 @@ def full(tensor):
 
 
 def unsharded(rt, model):
-    """A sharded model's whole float32 copy on the main process's device (4 bytes a parameter while it is kept), None on
-    the others; all must call it. Shards would gather every block anew for every token. Any other model as it is."""
+    """A sharded model's whole float32 copy on the main process's device, None on the others; all must call it. (Shards
+    would gather every block anew for every token.) Any other model as it is."""
     if not isinstance(model, FSDPModule):
         return model
     entries = model.state_dict()  # whole: see `whole_in_files`
