@@ -72,6 +72,13 @@ RELEASED_AR = {n: f"{HUB}/Open-MAGVIT2-AR-{n}-256-resolution/resolve/main/AR_256
 
 
 # --- The network. Module names are those of the released files. -------------------------------------------------------
+class RMSNorm(nn.RMSNorm):
+    """torch's, in float32 also where x or (of a sharded model) the weight is in half precision."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
+
+
 def rotary_table(grid, head_width, device=None):
     """cos and sin of the 2D rotary embedding, (2, grid^2 + 1, D/2) float32.
     Grid place t stands at position t + 1. The first D/4 rotation pairs turn by row * frequency, the others by column *
@@ -168,9 +175,9 @@ class Block(nn.Module):
     def __init__(self, config, attention=Attention):
         super().__init__()
         self.dropout = config.dropout
-        self.attention_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.attention_norm = RMSNorm(config.width, eps=1e-5)
         self.attention = attention(config)
-        self.ffn_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.ffn_norm = RMSNorm(config.width, eps=1e-5)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x, *place):  # place: rotary, cache, position, as the attention takes them
@@ -195,7 +202,7 @@ class ARTransformer(nn.Module):
         self.class_emb = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, config.width)})
         self.spatial_blocks = nn.ModuleList(Block(config) for _ in range(config.spatial_layers))
         self.factorized_blocks = nn.ModuleList(Block(config, PairAttention) for _ in range(config.intra_layers))
-        self.norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.norm = RMSNorm(config.width, eps=1e-5)
         self.head = nn.ModuleList(nn.Linear(config.width, size, bias=False) for size in (pre, post))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -408,8 +415,8 @@ def _config_by_width(entries, source):
         if any(name.startswith(("encoder.", "decoder.", "tokenizer")) for name in entries):
             raise UserError(f"{source} is a tokenizer file; give one of train_ar.py, or AR_256_B.ckpt")
         raise UserError(f"{source} holds no transformer: entry class_emb.embedding_table.weight is missing")
-    for name in RELEASED_AR:
-        if AR_SIZES[name].width == table.shape[1]:
-            return AR_SIZES[name]
-    what = "no released size, so its heads and grid cannot be told; use a checkpoint of train_ar.py, or give the config"
-    raise UserError(f"{source} is a bare state dict of width {table.shape[1]}, {what}")
+    width, sizes = table.shape[1], {AR_SIZES[name].width: AR_SIZES[name] for name in RELEASED_AR}
+    if width not in sizes:
+        advice = "its heads and grid cannot be told; use a checkpoint of train_ar.py, or give the config"
+        raise UserError(f"{source} is a bare state dict of width {width}, no released size: {advice}")
+    return sizes[width]

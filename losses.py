@@ -19,10 +19,7 @@ BACKBONES = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
 }
-HEADS = {
-    network: f"https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/{network}.pth"
-    for network in ("vgg", "alex")
-}
+HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"  # /vgg.pth, /alex.pth
 
 
 def _slices(network):
@@ -120,7 +117,7 @@ def load_lpips(network="vgg", path=None):
     with torch.device("meta"):
         lpips = LPIPS(network)
     if path is None:
-        backbone, heads = download(BACKBONES[network]), download(HEADS[network])
+        backbone, heads = download(BACKBONES[network]), download(f"{HEADS}/{network}.pth")
         layers, entries = (entries_of(read_weights(file), file) for file in (backbone, heads))
         for name in lpips.net.state_dict():  # slice2.5.weight is torchvision's features.5.weight
             number = name.split(".", 1)[1]
@@ -203,12 +200,9 @@ def _wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def generator_loss(
-    x, y, quantizer_losses, lpips=None, discriminator=None, gan_weight=0.1, entropy_weight=0.1, commitment_weight=0.25
-):
+def generator_loss(x, y, quantizer, lpips=None, discriminator=None, gan_weight=0.1, entropy_weight=0.1):
     """The generator's loss on one micro-batch, and its terms by name (detached scalars, unweighted).
-    quantizer_losses: as `lfq.LFQ` returns them. lpips, discriminator: None leaves that term out. The weights are the
-    paper's."""
+    quantizer: the losses of `lfq.LFQ`. lpips, discriminator: None leaves that term out. The weights are the paper's."""
     loss = (x - y).abs().mean()
     terms = {"l1": loss}
     if lpips is not None:
@@ -218,9 +212,8 @@ def generator_loss(
         logits = _wide(discriminator(y))  # (B, 1, h, w)
         terms["gan"] = softplus(-logits.mean((1, 2, 3))).mean()  # non-saturating, of each image's mean logit
         loss = loss + gan_weight * terms["gan"]
-    loss = loss + entropy_weight * quantizer_losses["entropy"]
-    loss = loss + commitment_weight * quantizer_losses["commitment"]
-    terms |= {name: quantizer_losses[name] for name in ("sample_entropy", "codebook_entropy", "commitment")}
+    loss = loss + entropy_weight * quantizer["entropy"] + 0.25 * quantizer["commitment"]
+    terms |= {name: quantizer[name] for name in ("sample_entropy", "codebook_entropy", "commitment")}
     return loss, {name: value.detach() for name, value in terms.items()}
 
 

@@ -7,8 +7,6 @@
 Files hold whole tensors under plain names: a run may go on with or without sharding, on any number of processes. In the
 host's memory every process builds the whole model (4 bytes a parameter) and reads the whole checkpoint (12 more)."""
 
-import warnings
-
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -24,7 +22,6 @@ def shard(rt, model, precision):
     The shares, their gradients' sums and AdamW are float32. A block is gathered in `precision`, which autocast would
     compute in: gathered in float32, autocast's own copies of all weights would wait, whole, for the backward pass.
     Embeddings, last norm, heads, and what passes between blocks stay float32."""
-    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # the norms', as meant
     mesh = init_device_mesh(rt.device.type, (rt.world,))
     dtype = None if precision == "fp32" else runtime.PRECISIONS[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
