@@ -89,7 +89,7 @@ class LPIPS(nn.Module):
             # dropout that is off whenever LPIPS is used as a loss.
             weights = nn.Conv2d(layers[-2].out_channels, 1, 1, bias=False)
             self.add_module(f"lin{i}", nn.ModuleDict({"model": nn.Sequential(nn.Identity(), weights)}))
-        self.eval().requires_grad_(False)
+        self.requires_grad_(False)
 
     def forward(self, x, y):
         taps_x, taps_y = self.net(self.scaling_layer(x)), self.net(self.scaling_layer(y))

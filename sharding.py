@@ -58,9 +58,7 @@ def _cut(value, parameter):
 def _whole(rt, tree):
     if isinstance(tree, dict):
         return {key: _whole(rt, value) for key, value in tree.items()}
-    if not isinstance(tree, DTensor):
-        return tree
-    return full(tree).to("cpu" if rt.main else "meta")  # one at a time
+    return full(tree).to("cpu" if rt.main else "meta") if isinstance(tree, DTensor) else tree  # one at a time
 
 
 def full(tensor):
