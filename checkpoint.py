@@ -3,7 +3,7 @@
 - `read_weights(path)`: a .ckpt / .pt / .pth file as plain tensors and containers; a pickle is never executed.
 - `match(found, expected, ...)`: every missing, unexpected or wrongly shaped entry is an error that names it.
 - `locate(name_or_path, released)`: a path, a run folder, or a released name (downloaded once into torch's hub cache).
-- `Run`: resumes a training run, logs and saves it, so that a kill at any moment leaves a good file.
+- `save_checkpoint`, `load_latest`, `restore`: a training run's state; a kill at any moment leaves a good file.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import io
 import os
 import pickle
 import re
+import tempfile
 import urllib.request
-import uuid
 import warnings
 import zipfile
 from pathlib import Path
@@ -82,10 +82,9 @@ def _archive(file):
 
 def read_weights(path):
     """The content of a weights file, on the CPU, as plain tensors and containers.
-    Reads with `weights_only=True`. A file that holds foreign objects (the released ones were written by PyTorch
-    Lightning) is read once more, with each of them turned into an inert placeholder and a warning that names their
-    types; in torch's format of before 1.6 it is refused. Nothing in a file is ever imported or called. Raises UserError
-    as `runtime.reading` does."""
+    Reads with `weights_only=True`. A file with foreign objects (the released ones are PyTorch Lightning's) is read once
+    more, with an inert placeholder for each and a warning that names their types; in torch's format of before 1.6 it is
+    refused. Nothing in a file is ever imported or called. Raises UserError as `runtime.reading` does."""
     try:
         with reading(path, "a weights file that torch can read"), open(path, "rb") as file:
             archive = _archive(file) if file.read(4) == b"PK\x03\x04" else None
@@ -133,10 +132,8 @@ def entries_of(content, source):
 
 
 def match(found, expected, source, what):
-    """Check that the entries `found` (name -> tensor) are exactly `expected` (name -> tensor): plain tensors of those
-    shapes, floats where floats are due, and finite.
-
-    Raises UserError naming the entries at fault, the file `source` and `what` model was expected."""
+    """Check that the entries `found` (name -> tensor) are `expected` (name -> tensor), no more and no less: plain finite
+    tensors of those shapes. Raises UserError naming those at fault, the file `source` and `what` model was expected."""
     found = found if isinstance(found, dict) else {}
     faults = [f"entry {name} is missing" for name in expected if name not in found]
     faults += [f"entry {name} is unexpected" for name in found if name not in expected]
@@ -179,8 +176,12 @@ def download(url):
     """The local file of `url` in torch's hub cache, fetched with a progress bar the first time. Where that fails for
     one process it fails for all."""
     path, failure = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], None
-    if not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
-        failure = _fetch(url, path)
+    try:
+        if not path.exists() and (not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
+            _fetch(url, path)
+    except Exception as error:  # noqa: BLE001 (of urllib, http.client, the disk)
+        reason = reason_of(getattr(error, "reason", error))
+        failure = f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}"
     if dist.is_initialized():
         failures = [None] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
@@ -191,38 +192,27 @@ def download(url):
 
 
 def _fetch(url, path):
-    """Download a file that is not there; whole or not at all. Returns what went wrong, in words, or None."""
-    scratch = Path(f"{path}.{uuid.uuid4().hex}")  # hosts may share the folder
-    try:
-        if path.exists():
-            return None
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Download a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # hosts may share the folder above
+        scratch = Path(folder) / path.name
         torch.hub.download_url_to_file(url, str(scratch), progress=True)
         with urllib.request.urlopen(url, timeout=60) as answer:  # torch does not compare
             size, whole = scratch.stat().st_size, int(answer.headers.get("Content-Length", -1))
         if whole not in (size, -1):
             raise ValueError(f"{size} of {whole} bytes came")
         scratch.replace(path)
-    except Exception as error:  # noqa: BLE001 (of urllib, http.client, the disk)
-        reason = reason_of(getattr(error, "reason", error))
-        return f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}"
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
 
 
 def locate(name_or_path, released):
     """The weights file meant by `name_or_path`: a file; a run folder (its newest intact checkpoint); or a name in
     `released` (name -> address), downloaded once. Raises UserError where it is none of these."""
     path = Path(name_or_path)
-    try:
-        if path.is_dir():
-            for candidate in reversed(checkpoints(path)):
-                if is_intact(candidate):
-                    return candidate
-            raise UserError(f"the folder {path} holds no intact checkpoint (step_*.pt)")
-    except OSError as error:
-        raise Unreadable(f"cannot read {path}: {reason_of(error)}") from None
+    if path.is_dir():
+        for candidate in reversed(checkpoints(path)):
+            if is_intact(candidate):
+                return candidate
+        raise UserError(f"the folder {path} holds no intact checkpoint (step_*.pt)")
     if os.path.lexists(path):
         return path
     if str(name_or_path) in released:
@@ -242,33 +232,23 @@ def _step_of(path):
 
 
 def write_atomically(path, content):
-    """torch.save as `runtime.replacing` writes, and onto the disk itself. Raises UserError where the disk is full or
-    cannot be written to."""
-    try:
-        with replacing(path) as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except Exception as error:
-        # torch.save stumbles over its own half-written file and hides the reason behind a RuntimeError.
-        reason = error
-        while reason is not None and not isinstance(reason, OSError):
-            reason = reason.__context__
-        if reason is None:
-            raise
-        raise UserError(f"could not write {path}: {reason.strerror}; put that right and run again") from None
+    """torch.save by way of `runtime.replacing`, and onto the disk itself."""
+    with replacing(path) as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
     folder = os.open(Path(path).parent, os.O_RDONLY)
     os.fsync(folder)  # the rename itself
     os.close(folder)
 
 
-def save_checkpoint(folder, state, keep_last=2, keep_every=0):
+def save_checkpoint(folder, state, keep_every=0):
     """Write `state` (plain tensors, numbers, strings; with its "step") as folder/step_XXXXXXXX.pt; returns the path.
-    Keeps the newest `keep_last` files, and for good those whose step is a multiple of `keep_every` (0: none). A file of
-    a later step was passed over as damaged when the run began: it does not count among the newest."""
+    Keeps the newest two files, and for good those whose step is a multiple of `keep_every` (0: none). A file of a later
+    step was passed over as damaged when the run began: it does not count among the newest."""
     path = Path(folder) / f"step_{state['step']:08d}.pt"
     write_atomically(path, state)
-    for old in [old for old in checkpoints(folder) if _step_of(old) <= state["step"]][:-keep_last]:
+    for old in [old for old in checkpoints(folder) if _step_of(old) <= state["step"]][:-2]:
         if not (keep_every and _step_of(old) % keep_every == 0):
             old.unlink(missing_ok=True)
     return path
@@ -277,14 +257,19 @@ def save_checkpoint(folder, state, keep_last=2, keep_every=0):
 def load_latest(rt, folder, kind):
     """(path, state) of the newest intact checkpoint of `kind` in a run folder, or (None, None) for a fresh start.
     A torn or foreign file is passed over for the older one, with a warning. A whole one of the other stage or without
-    training state is an error, as the run would push it out; so is one that cannot be read for now, as the run would
-    write over it. All ranks read the file that the main process chose: every host has to see the folder."""
+    training state, and one that cannot be read for now, is an error: the run would push it out or write over it. All
+    ranks read the file that the main process chose: every host has to see the folder."""
     chosen = state = None
     if rt.main:
         for scratch in Path(folder).glob("step_*.pt.tmp"):  # a kill in the middle of a save left it
             scratch.unlink(missing_ok=True)
         for path in reversed(checkpoints(folder)):
-            content = _content_if_intact(path)
+            try:
+                content = read_weights(path) if is_intact(path) else None
+            except Unreadable:
+                raise
+            except UserError:
+                content = None
             found = content.get("kind") if isinstance(content, dict) else None
             if found not in ("tokenizer", "ar"):
                 reason = "is torn or damaged" if content is None else f"is no {kind} checkpoint"
@@ -302,15 +287,6 @@ def load_latest(rt, folder, kind):
             raise UserError(f"{chosen} is not visible on this host; put --out on a file system that all hosts share")
         state = read_weights(chosen)
     return chosen, state
-
-
-def _content_if_intact(path):
-    try:
-        return read_weights(path) if is_intact(path) else None
-    except Unreadable:
-        raise
-    except UserError:
-        return None
 
 
 def restore(parts, state, path):
@@ -336,10 +312,10 @@ def changed_settings(old, new, may_change):
         before = old.get(name, False)  # a flag younger than the checkpoint was off in it
         if name in may_change or before == value:
             continue
-        if not name.endswith("_hash"):
-            derived = name in ("pictures", "total_steps")  # from flags, and none itself
-            shown = name.replace("_", " ") if derived else "--" + name.replace("_", "-")
-            found.append(f"{shown} was {before}, is {value}")
+        if name in ("pictures", "total_steps"):  # from flags, and none themselves
+            found.append(f"{name.replace('_', ' ')} was {before}, is {value}")
+        elif not name.endswith("_hash"):
+            found.append(f"--{name.replace('_', '-')} was {before}, is {value}")
         elif name in old:  # (the first checkpoints had no hashes)
             found.append(f"{name.removesuffix('_hash')} of other contents")
     return ", ".join(found)

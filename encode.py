@@ -12,6 +12,7 @@ Letters: b pictures or crops in a batch, S side in pixels, h w latent grid."""
 import hashlib
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -71,7 +72,7 @@ class CodeWriter:
 
     def _create(self, manifest):
         self.folder.mkdir(parents=True, exist_ok=True)
-        length, free = 4 * math.prod(data.codes_shape(manifest)), runtime.free_gib(self.folder)
+        length, free = 4 * math.prod(data.codes_shape(manifest)), shutil.disk_usage(self.folder).free / 2**30
         if length / 2**30 > free:
             raise UserError(f"the codes need {length / 2**30:.1f} GiB, and {self.folder} has {free:.1f} GiB free")
         labels = self.folder / "labels.bin"
@@ -177,7 +178,7 @@ def main():
     at_once = max(1, args.batch // crops)  # pictures: each with all its crops, so that rows are written whole
     batches = data.evaluation_batches(pictures, at_once, rt.rank, rt.world, args.workers, todo, crops)
     rounds = math.ceil(math.ceil(len(todo) / rt.world) / at_once)  # of the rank with the largest share
-    stop, bad = runtime.StopSignal(rt), data.BadPictures(pictures)
+    stop, bad = runtime.StopSignal(), data.BadPictures(pictures)
     bar = tqdm(total=len(todo), disable=not (rt.main and sys.stderr.isatty()), unit="pictures")
     began = spoke = time.perf_counter()
     done = done_by_all = 0

@@ -105,7 +105,7 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
             features_x.append(inception((x + 1) / 2, "half-pixel")[0].cpu())
             features_y.append(inception((y + 1) / 2, "half-pixel")[0].cpu())
 
-    used = int(rt.union(seen).sum())
+    used = int(rt.reduce(seen, "max").sum())
     rows = gather_rows(rt, rows, 4 + len(perceptual))
     if inception:
         features_x, features_y = (gather_rows(rt, features, 2048) for features in (features_x, features_y))

@@ -15,7 +15,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -44,11 +43,11 @@ class Unreadable(UserError):
 
 
 class Runtime:
-    """This process among all: `device`, `rank` of `world`, `local_rank` on its host, and `control`, a gloo group for
-    small messages between CPUs, which never make an accelerator wait."""
+    """This process among all: `device`, `rank` of `world`, and `control`, a gloo group for small messages between CPUs,
+    which never make an accelerator wait."""
 
-    def __init__(self, device, rank=0, world=1, local_rank=0, control=None):
-        self.device, self.rank, self.world, self.local_rank, self.control = device, rank, world, local_rank, control
+    def __init__(self, device, rank=0, world=1, control=None):
+        self.device, self.rank, self.world, self.control = device, rank, world, control
         self.main = rank == 0  # the one process that prints and writes files
         # Memory format of networks of convolutions: a GPU wants channels last.
         self.layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
@@ -59,17 +58,12 @@ class Runtime:
             tqdm.write(printable(text), file=sys.stdout)
 
     def reduce(self, values, op="sum"):
-        """Element-wise `op` ("sum", "max" or "mean") of a list of floats over all ranks, in float64."""
-        values = torch.tensor(values, dtype=torch.float64)
+        """Element-wise "sum" or "max" over all ranks: of a list of floats, in float64, or of a CPU tensor, in place."""
+        if not torch.is_tensor(values):
+            return self.reduce(torch.tensor(values, dtype=torch.float64), op).tolist()
         if self.world > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=self.control)
-        return (values / self.world if op == "mean" else values).tolist()
-
-    def union(self, flags):
-        """Element-wise `or` over all ranks of zeros and ones, a uint8 tensor on the CPU, in place."""
-        if self.world > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
-        return flags
+        return values
 
     def gather(self, thing):
         """Every rank's `thing`, any small picklable object, as a list, on every rank."""
@@ -98,30 +92,31 @@ def start():
         # Where torchrun is killed by SIGKILL, its ranks would train on, beside the run that is started next.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG of <linux/prctl.h>
     rank, world, local_rank = _launched()
-    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    device = torch.device("cpu")
-    if kind in BACKENDS and kind != "cpu":
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or device.type not in BACKENDS:
+        device = torch.device("cpu")
+    else:
         count = torch.accelerator.device_count()
         if local_rank >= count:
             advice = f"there are {count}; launch torchrun with --nproc_per_node={count}"
-            raise UserError(f"process {local_rank} of this host has no {kind} device: {advice}")
+            raise UserError(f"process {local_rank} of this host has no {device.type} device: {advice}")
         torch.accelerator.set_device_index(local_rank)
-        device = torch.device(kind, local_rank)
+        device = torch.device(device.type, local_rank)
     if world == 1:
         return Runtime(device)
     options = {"store": _fresh_store(rank, world), "rank": rank, "world_size": world, "timeout": TIMEOUT}
     on_cpu = device.type == "cpu"
     dist.init_process_group(BACKENDS[device.type], device_id=None if on_cpu else device, **options)
     control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
-    return Runtime(device, rank, world, local_rank, control)
+    return Runtime(device, rank, world, control)
 
 
 def _launched():
-    """(rank, world, local rank) as torchrun has put them into the environment; without it (0, 1, 0)."""
+    """(rank, world, local rank) from torchrun's environment; without it (0, 1, 0)."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     found = {name: os.environ.get(name, "") for name in names}
     with contextlib.suppress(ValueError):
-        rank, world, local_rank = (int(found[name] or default) for name, default in zip(names, (0, 1, 0)))
+        rank, world, local_rank = int(found["RANK"] or 0), int(found["WORLD_SIZE"] or 1), int(found["LOCAL_RANK"] or 0)
         addressed = world == 1 or (found["MASTER_ADDR"] and found["MASTER_PORT"])
         if 0 <= rank < world and 0 <= local_rank < world and addressed:
             return rank, world, local_rank
@@ -131,10 +126,10 @@ def _launched():
 
 def _fresh_store(rank, world):
     """The store through which this launch's ranks find one another.
-    torchrun keeps one store over all its restarts, and restarted ranks would find in it the addresses of those before
-    them, and fail or wait for them. So rank 0 offers a prefix that was never used, each other rank answers with a name
-    of its own, and an offer whose list of answers lacks that name is an old one."""
-    store = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))[0]
+    torchrun keeps one store over all restarts, and restarted ranks would find in it the addresses of those before them.
+    So rank 0 offers a new prefix, the others answer with names of their own, and an offer whose list of answers lacks a
+    rank's name is an old one."""
+    store, *_ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
     name = os.urandom(16).hex()
     if rank == 0:
         store.set("offer", name)
@@ -162,8 +157,7 @@ def autocast(device, precision):
 
 
 def rounding_switches(device):
-    """(object, attribute) that let float32 products and convolutions round their factors: to TF32 on a GPU, to HF32 on
-    an NPU. For convolutions both are on by default."""
+    """(object, attribute) that let float32 factors be rounded, to TF32 or HF32; those of convolutions are on at first."""
     if device.type == "npu":
         return [(torch.npu.conv, "allow_hf32"), (torch.npu.matmul, "allow_hf32")]
     return [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")]
@@ -185,14 +179,12 @@ def exact_float32(device):
 
 
 def set_precision(rt, precision):
-    """The precision to use: `precision`, or bf16 on an accelerator and fp32 on a CPU where it is None.
-    Whichever it is, float32 means float32 in this process from now on. That costs bf16 and fp16 nothing: autocast
-    computes their products in half precision, and those few that it leaves in float32 are not to be rounded."""
+    """The precision to use: `precision`, or bf16 on an accelerator and fp32 on a CPU where it is None. Whichever it is,
+    float32 means float32 from now on: also the few products that autocast leaves in it."""
     precision = precision or ("fp32" if rt.device.type == "cpu" else "bf16")
-    if precision not in PRECISIONS:
-        raise UserError(f"unknown precision '{precision}'; choose one of {', '.join(PRECISIONS)}")
-    if precision == "fp16" and rt.device.type == "cpu":
-        raise UserError("fp16 needs an accelerator; on a CPU use --precision fp32 or bf16")
+    known = [name for name in PRECISIONS if name != "fp16" or rt.device.type != "cpu"]
+    if precision not in known:
+        raise UserError(f"unknown precision '{precision}'; on this device choose one of {', '.join(known)}")
     for switch in rounding_switches(rt.device):
         setattr(*switch, False)
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # "available but not enabled": as meant
@@ -233,10 +225,10 @@ def split_batch(global_batch, micro_batch, world):
 
 
 class StopSignal:
-    """SIGTERM or SIGINT asks the loop to save and leave between two steps; a second SIGINT ends at once."""
+    """SIGTERM or SIGINT asks the loop (`asked`) to save and leave between two steps; a second SIGINT ends at once."""
 
-    def __init__(self, rt):
-        self.rt, self.asked = rt, False
+    def __init__(self):
+        self.asked = False
         signal.signal(signal.SIGTERM, self._ask)
         signal.signal(signal.SIGINT, self._ask)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a run does not depend on the terminal that watches it
@@ -245,24 +237,26 @@ class StopSignal:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self):
-        """True on all ranks as soon as one of them was asked: they must leave at the same step."""
-        return bool(self.rt.reduce([self.asked], "max")[0])
-
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path):
     """A new binary file, to be written, that takes the place of `path` at the end: a reader sees the old file or the
-    new one, never half. Nothing is left of a failure, and nothing is written through a link."""
+    new one, never half. Nothing is left of a failure, and nothing is written through a link. Raises UserError where the
+    disk is full or cannot be written to."""
     scratch = Path(f"{path}.tmp")
     scratch.unlink(missing_ok=True)
     try:
         with open(scratch, "xb") as file:
             yield file
         os.replace(scratch, path)
-    except BaseException:
+    except BaseException as error:
         scratch.unlink(missing_ok=True)
+        cause = error  # torch.save hides it behind a RuntimeError about its own half-written file
+        while cause and not getattr(cause, "errno", None):
+            cause = cause.__context__
+        if cause:
+            raise UserError(f"could not write {path}: {cause.strerror}; put that right and run again") from None
         raise
 
 
@@ -356,7 +350,7 @@ def run_script(main):
             setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # which may lack letters of a name, and which nobody need be reading
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
-        stream.write, stream.flush = _losing(stream.write), _losing(stream.flush)
+        stream.write, stream.flush = _lossy()(stream.write), _lossy()(stream.flush)
     try:
         main()
         if dist.is_initialized():
@@ -377,10 +371,8 @@ def _ending(error):
         return 130, "interrupted"
     if isinstance(error, UserError):
         words = str(error)
-    elif isinstance(error, OSError) and error.filename:
-        words = f"cannot read or write {error.filename}: {error.strerror}"
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        words = f"could not write a file: {error.strerror}; free some space and run again"
+    elif isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        words = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
     elif spent:
         words = f"out of memory; give a smaller --batch or --micro-batch: {reason_of(spent)}"
     elif "DataLoader worker" in str(error):
@@ -390,14 +382,11 @@ def _ending(error):
     return 2, words.replace("\n", "\\n")  # one line, whatever a name holds
 
 
-def _losing(write):
-    """`write`, but that what cannot be written is lost without an error."""
-
-    def write_or_lose(*text):
-        with contextlib.suppress(OSError):
-            write(*text)
-
-    return write_or_lose
+@contextlib.contextmanager
+def _lossy():
+    """As a decorator: what cannot be written is lost without an error."""
+    with contextlib.suppress(OSError):
+        yield
 
 
 def printable(text):
@@ -413,8 +402,3 @@ def reason_of(error):
 
 def _out_of_memory(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-def free_gib(folder):
-    """Free disk space at `folder`, in GiB."""
-    return shutil.disk_usage(folder).free / 2**30

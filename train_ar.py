@@ -62,7 +62,6 @@ def parse(argv=None):
     add("--pre-bits", type=int, default=6, help="bits of the first sub-token; the second has the tokenizer's rest")
     add("--dropout", type=float, help="dropout probability on tokens, attention and feed-forward outputs")
     add = arguments.add_argument_group("schedule").add_argument
-    training.add_length_flags(add)
     add("--lr", type=at_least(0, float), help="peak learning rate of AdamW")
     add("--warmup-epochs", type=at_least(0, float), help="epochs of linear warm-up from 0.005 of the peak")
     add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
@@ -72,7 +71,7 @@ def parse(argv=None):
     fast_help = "compile the blocks, replay passes as CUDA graphs (none beside the two flags above); "
     fast_help += "default: on a GPU, for runs of 500 steps or more without those two"
     add("--compile", action=argparse.BooleanOptionalAction, help=fast_help)
-    training.add_output_flags(arguments, "runs/ar", 50, "validation losses and sample pictures", 10000)
+    training.add_run_flags(arguments, "runs/ar", 50, "validation losses and sample pictures", 10000)
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 
 
@@ -166,11 +165,7 @@ def main():
     carried = {"config": asdict(tokenizer.config), "state": tokenizer.state_dict()}
     contents = {"kind": "ar", "config": asdict(config), "class_names": codes.classes, "tokenizer": carried}
     run = training.Run(rt, args, settings, MAY_CHANGE, saved, **contents)
-    parameters = sum(p.numel() for p in model.parameters())
-    rt.say(
-        f"{parameters / 1e6:.1f} M parameters; {len(codes)} pictures, {epoch_steps} steps an epoch, {total} steps; "
-        f"global batch {args.global_batch} = {rt.world} process(es) x {args.micro_batch} x {accumulation} accumulated"
-    )
+    rt.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
     # The pass. (Sharded gradients are exchanged in every pass, and come as the mean over processes.)
     graphs = Graphs(rt, compiled and plain)
@@ -184,7 +179,7 @@ def main():
         with torch.compiler.set_stance("force_eager"):
             if val_codes:
                 pre, post = validation_losses(rt, model, val_codes, args)
-                run.log.note(run.step, val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)
+                run.note(val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)
             drawing = unsharded(rt, model)
             if rt.main:
                 run.save_picture(draw_samples(rt, drawing, tokenizer, args))
@@ -192,8 +187,8 @@ def main():
         model.train()
 
     model.train()
-    if run.step and run.due(args.eval_every) and not run.log.has_note(run.step):
-        evaluate()  # the run ended between the save and the end of its evaluation
+    if run.lacks_evaluation:
+        evaluate()
     for step in range(run.step, total):
         lr = learning_rate(step, args.lr, total, args.warmup_epochs * epoch_steps)
         for group in optimizer.param_groups:
@@ -218,7 +213,7 @@ def main():
         run.advance(loss=torch.stack(terms).mean(0).sum())
         if run.due(args.log_every):
             # In float64, so that the same numbers are logged whatever the number of processes
-            pre, post = rt.reduce(torch.stack(terms).cpu().double().mean(0).tolist(), "mean")
+            pre, post = (rt.reduce(torch.stack(terms).cpu().double().mean(0)) / rt.world).tolist()
             norm = full(norm).item()
             run.line(loss=pre + post, cross_entropy_pre=pre, cross_entropy_post=post, grad_norm=norm, lr=lr)
         if run.due(args.save_every) or run.due(args.eval_every) or run.leaving:

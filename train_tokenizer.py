@@ -74,7 +74,6 @@ def parse(argv=None):
     add("--entropy-weight", type=at_least(0, float), help="weight of the entropy term")
     add("--global-entropy", action="store_true", help="codebook entropy over all devices (accumulated ones stay apart)")
     add = arguments.add_argument_group("schedule").add_argument
-    training.add_length_flags(add)
     add("--lr", type=at_least(0, float), help="learning rate of both Adams")
     add("--lr-drops", type=at_least(0, float), nargs="*", help="epochs after which the learning rate falls to a tenth")
     add("--ema", type=at_least(0, float, 1), help="decay of the moving average of all trained parameters, per step")
@@ -82,7 +81,7 @@ def parse(argv=None):
     fast_help = "compile small parts, replay passes as CUDA graphs (not with --global-entropy on several devices); "
     fast_help += "default: on a GPU, for runs of 500 steps or more"
     add("--compile", action=argparse.BooleanOptionalAction, help=fast_help)
-    training.add_output_flags(arguments, "runs/tokenizer", 20, "evaluations and reconstruction pictures", 1000)
+    training.add_run_flags(arguments, "runs/tokenizer", 20, "evaluations and reconstruction pictures", 1000)
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 
 
@@ -160,10 +159,6 @@ def main():
         saved |= {name: module, f"{name}_ema": average[name], f"optimizer_{name}": optimizers[name]}
     settings = vars(args) | {"pictures": len(pictures), "total_steps": total, "pictures_hash": data.identity(pictures)}
     run = training.Run(rt, args, settings, MAY_CHANGE, saved, kind="tokenizer", config=asdict(config))
-    rt.say(
-        f"{len(pictures)} pictures, {epoch_steps} steps an epoch, {total} steps; global batch {args.global_batch} = "
-        f"{rt.world} process(es) x {args.micro_batch} x {accumulation} accumulated"
-    )
 
     # Passes. The global entropy talks to other processes in them, which no graph may.
     compiled = fast.compiles(rt.device, args.compile, total)
@@ -178,11 +173,11 @@ def main():
 
     def evaluate():
         graphs.forget()
-        run.log.note(run.step, **measure(rt, run, average["tokenizer"], val_pictures, args))
+        run.note(**measure(rt, run, average["tokenizer"], val_pictures, args))
 
     trained.train()
-    if run.step and run.due(args.eval_every) and not run.log.has_note(run.step):
-        evaluate()  # the run ended between the save and the end of its evaluation
+    if run.lacks_evaluation:
+        evaluate()
     bad = data.BadPictures(pictures)
     batches = data.training_batches(
         pictures, args.seed, args.global_batch, args.micro_batch, rt.rank, rt.world, run.step, total, args.workers
@@ -263,7 +258,7 @@ def measure(rt, run, tokenizer, pictures, args):
         run.save_picture(data.picture_grid(shown, columns=len(shown) // 2))
     total, number, unreadable = rt.reduce([total, number, bad.count])
     bad.check(unreadable, max(count, 100) / len(pictures))  # a single one among few stops no training
-    return {"val_psnr": total / max(number, 1), "val_codebook_use": int(rt.union(seen).sum()) / len(seen)}
+    return {"val_psnr": total / max(number, 1), "val_codebook_use": int(rt.reduce(seen, "max").sum()) / len(seen)}
 
 
 if __name__ == "__main__":

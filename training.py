@@ -24,19 +24,16 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import changed_settings, load_latest, restore, save_checkpoint
-from runtime import StopSignal, UserError, at_least, open_run, reading, replacing
+from runtime import StopSignal, UserError, at_least, open_run, reading, replacing, split_batch
 
 
-def add_length_flags(add):
-    """The flags of both trainings for pictures a step and the run's length; `add` is a group's add_argument."""
+def add_run_flags(arguments, out, log_every, evaluated, eval_pictures):
+    """The flags of both trainings for pictures a step, the run's length, its folder and what goes there when."""
+    add = arguments.add_argument_group("length").add_argument
     add("--global-batch", type=at_least(1), help="pictures a step, over all devices")
     add("--micro-batch", type=at_least(1), help="pictures a device at once; accumulation is derived")
     add("--epochs", type=at_least(0), help="length of the run, epochs of ceil(pictures / global batch) steps")
     add("--steps", type=at_least(0), help="length of the run in steps instead, where not 0")
-
-
-def add_output_flags(arguments, out, log_every, evaluated, eval_pictures):
-    """The flags of both trainings for the run's folder and what goes there when."""
     add = arguments.add_argument_group("output").add_argument
     add("--out", default=out, help="the run's folder")
     add("--log-every", type=at_least(1), default=log_every, help="steps between log lines")
@@ -48,7 +45,7 @@ def add_output_flags(arguments, out, log_every, evaluated, eval_pictures):
 
 
 def run_length(args, pictures):
-    """(steps an epoch, steps of the run), from the flags of `add_length_flags`."""
+    """(steps an epoch, steps of the run), from the flags."""
     epoch_steps = math.ceil(pictures / args.global_batch)
     total = args.steps or args.epochs * epoch_steps
     if total == 0:
@@ -61,41 +58,81 @@ class Run:
 
     settings: the flags and what they lead to; saved, and compared with the checkpoint's but for the names `may_change`.
     parts: name in the file -> object with state_dict and load_state_dict: all that is saved and restored. contents:
-    what else the file holds, its "kind" for one. `step` is the number of steps done."""
+    what else the file holds, its "kind" for one. `step` is the number of steps done. The log is lines on the screen,
+    the same as JSON in `log.jsonl`, and TensorBoard where it is installed. Methods are called on all ranks alike."""
 
     def __init__(self, rt, args, settings, may_change, parts, **contents):
         self.rt, self.args, self.parts, self.contents = rt, args, parts, contents | {"settings": settings}
-        self.folder, self.step, self.total, self.leaving = Path(args.out), 0, settings["total_steps"], False
-        self.path, state = load_latest(rt, self.folder, contents["kind"])  # the last good checkpoint
+        self.folder, self.step, self.leaving = Path(args.out), 0, False
+        self.checkpoint, state = load_latest(rt, self.folder, contents["kind"])  # the last good one's path
         if state:
             changed = changed_settings(state["settings"], settings, may_change)
             if changed and not args.allow_changes:
-                raise UserError(f"{self.path}: {changed}; use those settings, another --out, or --allow-changes")
-            restore(parts, state, self.path)
+                raise UserError(f"{self.checkpoint}: {changed}; use those settings, another --out, or --allow-changes")
+            restore(parts, state, self.checkpoint)
             self.step = state["step"]
         open_run(rt, self.folder, settings)
         if state:
-            rt.say(f"resumed {self.path} at step {self.step}")
-        self.log = RunLog(rt, self.folder, self.total, self.step, args.global_batch)
-        self.signal = StopSignal(rt)
+            rt.say(f"resumed {self.checkpoint} at step {self.step}")
+        epoch_steps, self.total = run_length(args, settings["pictures"])
+        accumulation = split_batch(args.global_batch, args.micro_batch, rt.world)
+        batch = f"{args.global_batch} = {rt.world} process(es) x {args.micro_batch} x {accumulation} accumulated"
+        rt.say(f"{self.total} steps, {epoch_steps} an epoch; global batch {batch}")
+        self.signal = StopSignal()
         # The first step whose loss or weights were not finite: on the device, without waiting for it.
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=rt.device)
+        evaluated, self.board = False, None
+        if rt.main:
+            lines = rewind_log(self.folder / "log.jsonl", self.step)
+            evaluated = any(line["step"] == self.step and "images_per_second" not in line for line in lines)
+            with contextlib.suppress(ImportError):  # optional
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
+        # Where the run that this one resumes ended between a save and the end of the evaluation
+        self.lacks_evaluation = rt.share(self.step > 0 and self.due(args.eval_every) and not evaluated)
+        hidden = not (rt.main and sys.stderr.isatty())
+        self.bar = tqdm(total=self.total, initial=self.step, disable=hidden, dynamic_ncols=True)
+        self.last_time, self.last_step = time.perf_counter(), self.step
 
     def advance(self, loss):
-        """A step is done; `loss`, a tensor, was its loss. Like `line` and `save` to be called on all ranks alike."""
+        """A step is done; `loss`, a tensor, was its loss."""
         self.step += 1
         self._watch(loss)
-        self.log.tick()
-        self.leaving = self.signal.agreed() and self.step < self.total
+        self.bar.update()
+        asked = self.rt.reduce([self.signal.asked])[0]  # on any rank: all must leave at the same step
+        self.leaving = asked > 0 and self.step < self.total
 
     def due(self, every):
         """Whether what is done every so many steps, and after the last, is due now."""
         return self.step % every == 0 or self.step == self.total
 
     def line(self, **values):
-        """Log a line. Raises UserError where a loss since the one before was not finite."""
+        """Log the step's losses, averaged over its global batch, with speed and memory. Raises UserError where a loss
+        since the line before was not finite."""
         self._check_finite()
-        self.log.line(self.step, **values)
+        seconds = (time.perf_counter() - self.last_time) / (self.step - self.last_step)
+        left = datetime.timedelta(seconds=round((self.total - self.step) * seconds))
+        on_cpu = self.rt.device.type == "cpu"
+        peak = 0 if on_cpu else torch.get_device_module(self.rt.device).max_memory_allocated() / 2**30
+        memory = self.rt.reduce([peak], "max")[0]
+        speed = self.args.global_batch / seconds
+        self.note(f"left {left}", **values, images_per_second=speed, memory_gib=memory)
+
+    def note(self, *words, **values):
+        """Log words and values; the words on the screen only. What went before does not count in the next line's speed:
+        an evaluation ends in a note."""
+        self.last_time, self.last_step = time.perf_counter(), self.step
+        if not self.rt.main:
+            return
+        shown = [f"{name} {value:.4g}" for name, value in values.items()]
+        self.rt.say(" ".join([f"step {self.step}/{self.total}", *shown, *words]))
+        values = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        for name, value in values.items():
+            if self.board and not isinstance(value, str):
+                self.board.add_scalar(name, value, self.step)
 
     def save(self):
         """Write a checkpoint. Raises UserError where a loss or the weights are not finite: nothing is written then."""
@@ -105,8 +142,8 @@ class Run:
         state = {"step": self.step, **self.contents}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         if self.rt.main:
-            self.path = save_checkpoint(self.folder, state, keep_every=self.args.keep_every)
-        self.path = self.rt.share(self.path)
+            self.checkpoint = save_checkpoint(self.folder, state, keep_every=self.args.keep_every)
+        self.checkpoint = self.rt.share(self.checkpoint)
 
     def save_picture(self, picture):
         """Write this step's PIL picture, on one process."""
@@ -125,84 +162,29 @@ class Run:
         step = int(self.rt.reduce([float(self.first_bad)], "max")[0])
         if step >= 0:
             advice = "Lower --lr or use --precision bf16 or fp32, then run again to go on from there"
-            last = f"last good checkpoint: {self.path or 'none yet'}"
+            last = f"last good checkpoint: {self.checkpoint or 'none yet'}"
             raise UserError(f"loss or weights became non-finite at step {step}; {last}. {advice}")
-
-    def close(self):
-        self.log.close()
-        if self.leaving:
-            said = f"stopped by a signal after step {self.step}; saved {self.path}"
-            self.rt.say(f"{said}. Run the same command again to go on.")
-        self.rt.say(f"checkpoint {self.path or 'none'}; pictures in {self.folder / 'samples'}")
-
-
-class RunLog:
-    """A line an interval on the screen, the same as JSON in `log.jsonl`, and TensorBoard where it is installed.
-
-    The values are those of the step named, averaged over its global batch. After a resume, lines past the resumed step
-    are dropped, so that the file reads like one uninterrupted run."""
-
-    def __init__(self, rt, folder, total, first_step, images_a_step):
-        self.rt, self.total, self.images_a_step = rt, total, images_a_step
-        self.last_time, self.last_step = time.perf_counter(), first_step
-        self.path, self.board, self.noted = Path(folder) / "log.jsonl", None, []
-        hidden = not (rt.main and sys.stderr.isatty())
-        self.bar = tqdm(total=total, initial=first_step, disable=hidden, dynamic_ncols=True)
-        self.tick = self.bar.update  # call it after each step
-        if rt.main:
-            lines = _lines(self.path, first_step)
-            self.noted = [line["step"] for line in lines if "images_per_second" not in line]
-            with replacing(self.path) as file:
-                file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-            with contextlib.suppress(ImportError):  # optional
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
-
-    def line(self, step, **values):
-        """Note the losses of `step` (1-based count of steps done), speed and memory; call it on every rank."""
-        now = time.perf_counter()
-        speed = (step - self.last_step) * self.images_a_step / max(now - self.last_time, 1e-9)
-        left = datetime.timedelta(seconds=round((self.total - step) * self.images_a_step / max(speed, 1e-9)))
-        on_cpu = self.rt.device.type == "cpu"
-        peak = 0 if on_cpu else torch.get_device_module(self.rt.device).max_memory_allocated() / 2**30
-        memory = self.rt.reduce([peak], "max")[0]
-        self.note(step, f"left {left}", **values, images_per_second=speed, memory_gib=memory)
-        self.last_time = now
-
-    def note(self, step, *words, **values):
-        """Print words and values, and record the values: what was measured beside the losses, in time that does not count
-        as training time."""
-        self.last_time, self.last_step = time.perf_counter(), step
-        if not self.rt.main:
-            return
-        shown = [f"{name} {value:.4g}" for name, value in values.items()]
-        self.rt.say(" ".join([f"step {step}/{self.total}", *shown, *words]))
-        values = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if self.board and not isinstance(value, str):
-                self.board.add_scalar(name, value, step)
-
-    def has_note(self, step):
-        """Whether a run that this one goes on from has noted that step, beside its losses; the same on every rank."""
-        return self.rt.share(step in self.noted)
 
     def close(self):
         self.bar.close()
         if self.board:
             self.board.close()
+        if self.leaving:
+            self.rt.say(f"stopped by a signal after step {self.step}; run the same command again to go on")
+        self.rt.say(f"checkpoint {self.checkpoint}; pictures in {self.folder / 'samples'}")
 
 
-def _lines(path, last):
-    """The lines of a log up to step `last`, less what is no line: a killed run may have cut the last one."""
+def rewind_log(path, step):
+    """Drop a log's lines past `step`, and what is no line (a kill may cut the last one), so that it reads like the log
+    of one uninterrupted run. Returns its lines."""
     lines = []
     if path.exists():
         with reading(path, "a log"):
             for text in path.read_bytes().splitlines():
                 with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                     line = json.loads(text)
-                    if line["step"] <= last:
+                    if line["step"] <= step:
                         lines.append(line)
+    with replacing(path) as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
     return lines

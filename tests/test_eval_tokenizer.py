@@ -183,7 +183,7 @@ def _load_on_rank_zero(path):
 
 
 def _lacking(rank):
-    rt = Runtime(torch.device("cpu"), rank, 2, rank, dist.group.WORLD)
+    rt = Runtime(torch.device("cpu"), rank, 2, dist.group.WORLD)
     assert eval_tokenizer.if_there(rt, _load_on_rank_zero, None) == (None, "not computed (cut short)")
 
 

@@ -36,7 +36,7 @@ def _exchange(rank, folder):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += rank
-    rt = Runtime(torch.device("cpu"), rank, 2, rank, dist.group.WORLD)
+    rt = Runtime(torch.device("cpu"), rank, 2, dist.group.WORLD)
     rt.share_parameters(model)
     gradients = Gradients(rt, model.parameters())
     for _ in range(2):  # the second time over what the first has left

@@ -50,7 +50,7 @@ def test_checkpointed_blocks_run_twice_with_the_same_gradients():
 
 
 def _shares(rank):
-    rt = runtime.Runtime(torch.device("cpu"), rank, 2, rank, dist.group.WORLD)
+    rt = runtime.Runtime(torch.device("cpu"), rank, 2, dist.group.WORLD)
     plain = random_model()
     model = random_model()
     shard(rt, model, "fp32")
@@ -71,7 +71,7 @@ def test_a_process_holds_half_of_a_model_over_two(tmp_path):
 
 
 def _half_precision(rank):
-    rt = runtime.Runtime(torch.device("cpu"), rank, 2, rank, dist.group.WORLD)
+    rt = runtime.Runtime(torch.device("cpu"), rank, 2, dist.group.WORLD)
     theirs, expected = gradients(random_model(), "bf16")
     model = random_model()
     shard(rt, model, "bf16")
