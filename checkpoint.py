@@ -1,9 +1,5 @@
-"""Weights and training runs on disk.
-
-- `read_weights(path)`: a .ckpt / .pt / .pth file as plain tensors and containers; a pickle is never executed.
-- `match(found, expected, ...)`: every missing, unexpected or wrongly shaped entry is an error that names it.
-- `locate(name_or_path, released)`: a path, a run folder, or a released name (downloaded once into torch's hub cache).
-- `save_checkpoint`, `load_latest`, `restore`: a training run's state; a kill at any moment leaves a good file.
+"""Weights and training runs on disk: files of anyone's make are read without executing anything in them, released ones
+downloaded once into torch's hub cache, a run's own written so that a kill at any moment leaves a good one.
 """
 
 import contextlib
@@ -27,8 +23,7 @@ from runtime import Unreadable, UserError, reading, reason_of, replacing
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
 class _Inert:
-    """What stands in a file in place of anything but tensors, numbers, texts and containers of these: it swallows
-    everything and does nothing."""
+    """Stands in for whatever is no tensor, number, text or container of these: swallows everything, does nothing."""
 
     __init__ = __setitem__ = append = extend = add = lambda self, *args, **kwargs: None
 
@@ -85,20 +80,17 @@ def read_weights(path):
     Reads with `weights_only=True`. A file with foreign objects (the released ones are PyTorch Lightning's) is read once
     more, with an inert placeholder for each and a warning that names their types; in torch's format of before 1.6 it is
     refused. Nothing in a file is ever imported or called. Raises UserError as `runtime.reading` does."""
-    try:
-        with reading(path, "a weights file that torch can read"), open(path, "rb") as file:
-            archive = _archive(file) if file.read(4) == b"PK\x03\x04" else None
-            file.seek(0)
-            with contextlib.suppress(pickle.UnpicklingError):  # foreign types, or no pickle
-                return torch.load(file, map_location="cpu", weights_only=True)
-            if archive is None:
-                raise UserError(f"{path} is no weights file, or an old one with foreign objects")
-            unpickler = _Unpickler(archive)
-            content = unpickler.load()
-    except UserError as error:
-        if isinstance(error, Unreadable) or not str(path).startswith(torch.hub.get_dir()):
-            raise
-        raise UserError(f"{error}; remove it, and it is downloaded again") from None
+    downloaded = str(path).startswith(torch.hub.get_dir())
+    what = "a weights file" + (" (remove it, and it is downloaded again)" if downloaded else "")
+    with reading(path, what), open(path, "rb") as file:
+        archive = _archive(file) if file.read(4) == b"PK\x03\x04" else None
+        file.seek(0)
+        with contextlib.suppress(pickle.UnpicklingError):  # foreign types, or no pickle
+            return torch.load(file, map_location="cpu", weights_only=True)
+        if archive is None:
+            raise ValueError("no pickle, or in an old format with foreign objects")
+        unpickler = _Unpickler(archive)
+        content = unpickler.load()
     if unpickler.foreign:
         names = ", ".join(sorted(unpickler.foreign))[:300]
         warnings.warn(f"{path} holds objects besides weights, which were left unread: {names}", stacklevel=2)
@@ -134,15 +126,14 @@ def entries_of(content, source):
 def match(found, expected, source, what):
     """Check that the entries `found` (name -> tensor) are `expected` (name -> tensor), no more and no less: plain finite
     tensors of those shapes. Raises UserError naming those at fault, the file `source` and `what` model was expected."""
+    size = 4 * sum(value.numel() for value in expected.values())
+    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):  # in a file, one number may be so many
+        raise UserError(f"{source} does not hold {what}: {size / 2**30:.0f} GiB are more than this machine's memory")
     found = found if isinstance(found, dict) else {}
     faults = [f"entry {name} is missing" for name in expected if name not in found]
     faults += [f"entry {name} is unexpected" for name in found if name not in expected]
-    size = 4 * sum(value.numel() for value in expected.values())
-    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):  # in a file, one number may be so many
-        faults = [f"{size / 2**30:.0f} GiB of weights do not fit into this machine's memory"]
-    else:
-        wrong = {name: _fault(found[name], expected[name]) for name in found if name in expected}
-        faults += [f"entry {name} {fault}" for name, fault in wrong.items() if fault]
+    wrong = {name: _fault(found[name], expected[name]) for name in found if name in expected}
+    faults += [f"entry {name} {fault}" for name, fault in wrong.items() if fault]
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"{source} does not hold {what}: {'; '.join(faults[:3])}{more}")
@@ -224,11 +215,8 @@ def locate(name_or_path, released):
 def checkpoints(folder):
     """The checkpoints of a run, oldest first. A step_best.pt that someone put beside them is none of ours."""
     names = os.listdir(folder) if Path(folder).is_dir() else []  # (glob finds none where it may not read)
-    return sorted((Path(folder, name) for name in names if re.fullmatch(r"step_[0-9]+\.pt", name)), key=_step_of)
-
-
-def _step_of(path):
-    return int(path.stem.removeprefix("step_"))
+    paths = [Path(folder, name) for name in names if re.fullmatch(r"step_[0-9]+\.pt", name)]
+    return sorted(paths, key=lambda path: int(path.stem[5:]))
 
 
 def write_atomically(path, content):
@@ -248,8 +236,9 @@ def save_checkpoint(folder, state, keep_every=0):
     step was passed over as damaged when the run began: it does not count among the newest."""
     path = Path(folder) / f"step_{state['step']:08d}.pt"
     write_atomically(path, state)
-    for old in [old for old in checkpoints(folder) if _step_of(old) <= state["step"]][:-2]:
-        if not (keep_every and _step_of(old) % keep_every == 0):
+    known = checkpoints(folder)
+    for old in known[: known.index(path) + 1][:-2]:
+        if not (keep_every and int(old.stem[5:]) % keep_every == 0):
             old.unlink(missing_ok=True)
     return path
 

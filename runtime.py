@@ -27,9 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# torch.accelerator names the device; this is all that differs between vendors. Ascend: torch_npu registers itself with
-# torch when torch is imported.
-BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}  # by torch.accelerator's name of the device
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: checkpoints and evaluations are waited for in one
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -98,8 +96,9 @@ def start():
     else:
         count = torch.accelerator.device_count()
         if local_rank >= count:
-            advice = f"there are {count}; launch torchrun with --nproc_per_node={count}"
-            raise UserError(f"process {local_rank} of this host has no {device.type} device: {advice}")
+            raise UserError(
+                f"this host has {count} {device.type} device(s); launch torchrun with --nproc_per_node={count}"
+            )
         torch.accelerator.set_device_index(local_rank)
         device = torch.device(device.type, local_rank)
     if world == 1:
@@ -113,7 +112,7 @@ def start():
 
 def _launched():
     """(rank, world, local rank) from torchrun's environment; without it (0, 1, 0)."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
     found = {name: os.environ.get(name, "") for name in names}
     with contextlib.suppress(ValueError):
         rank, world, local_rank = int(found["RANK"] or 0), int(found["WORLD_SIZE"] or 1), int(found["LOCAL_RANK"] or 0)
@@ -127,23 +126,19 @@ def _launched():
 def _fresh_store(rank, world):
     """The store through which this launch's ranks find one another.
     torchrun keeps one store over all restarts, and restarted ranks would find in it the addresses of those before them.
-    So rank 0 offers a new prefix, the others answer with names of their own, and an offer whose list of answers lacks a
-    rank's name is an old one."""
+    So each asks under a name never used before, and rank 0 answers with a prefix never used before, until all have it:
+    to the names of ranks that are gone, too, which nobody hears."""
     store, *_ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
-    name = os.urandom(16).hex()
-    if rank == 0:
-        store.set("offer", name)
-        answers = [store.get(f"{name}/{other}").decode() for other in range(1, world)]  # waits for each
-        store.set(f"{name}/answers", " ".join(answers))
-        return dist.PrefixStore(name, store)
-    deadline = time.monotonic() + TIMEOUT.total_seconds()
-    while time.monotonic() < deadline:
-        offer = store.get("offer").decode()  # waits for the first
-        store.set(f"{offer}/{rank}", name)
-        if store.check([f"{offer}/answers"]) and name in store.get(f"{offer}/answers").decode():
-            return dist.PrefixStore(offer, store)
+    name = prefix = os.urandom(16).hex()
+    if rank > 0:
+        store.set(f"name/{rank}", name)
+        prefix = store.get(name).decode()  # waits
+        store.set(f"{prefix}/{rank}", "has it")
+    while rank == 0 and not store.check([f"{prefix}/{other}" for other in range(1, world)]):
+        for other in range(1, world):
+            store.set(store.get(f"name/{other}").decode(), prefix)  # waits for the first such name
         time.sleep(0.02)
-    raise UserError(f"rank {rank} found no others within {TIMEOUT}; see to the other processes and run again")
+    return dist.PrefixStore(prefix, store)
 
 
 def to_device(tensor, device):
@@ -284,34 +279,29 @@ def reading(path, what):
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def _help(presets):
-    """Formats help that ends, for each flag, in the value that each preset gives it, or else in its default."""
+def parser(description, examples):
+    """An ArgumentParser whose errors are one line, and whose help ends with `examples` and shows, for each flag, the
+    values that presets give it (see `parse_with_presets`), or else its default."""
 
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):  # argparse's name for what its own formatters override
-            values = [f"{name}: {preset[action.dest]}" for name, preset in presets.items() if action.dest in preset]
+            presets = arguments.presets.items()
+            values = [f"{name}: {preset[action.dest]}" for name, preset in presets if action.dest in preset]
             if values:
                 return f"{action.help} (preset {', '.join(values)})"
             if action.default is None or action.default is False:
                 return action.help
             return super()._get_help_string(action)
 
-    return Help
-
-
-def parser(description, examples):
-    """An ArgumentParser whose help shows defaults and ends with `examples`, and whose errors are one line."""
-    return _Parser(description=description, epilog=f"examples:\n{examples}", formatter_class=_help({}))
+    arguments = argparse.ArgumentParser(description=description, epilog=f"examples:\n{examples}", formatter_class=Help)
+    arguments.error = lambda message: arguments.exit(2, f"{arguments.prog}: {message} (see --help)\n")
+    arguments.presets = {}
+    return arguments
 
 
 def parse_with_presets(arguments, presets, argv=None):
     """Parse with `--preset` choosing a dict of defaults; a flag given overrides its preset entry."""
-    arguments.formatter_class = _help(presets)
+    arguments.presets = presets
     preset = arguments.parse_args(argv).preset
     if preset not in presets:
         arguments.error(f"unknown preset '{preset}'; choose one of {', '.join(presets)}")
@@ -337,12 +327,10 @@ def at_least(lowest, kind=int, highest=None):
 # --- The end of a script ----------------------------------------------------------------------------------------------
 def run_script(main):
     """Run a script's main(), and leave. What the user can put right ends in one line and exit code 2, Ctrl-C in code
-    130, all else in a traceback and code 1.
-
-    The process leaves at once, whatever ends it: others may wait inside a collective for this one (torchrun then ends
-    them); Python would wait at its exit for loader processes, which leave signals to this process; and a thread of gloo
-    that lets go of a tensor during Python's exit aborts the process."""
+    130, all else in a traceback and code 1. All without Python's own exit: it would wait for loader processes, other
+    ranks may wait for this one, and a thread of gloo that lets go of a tensor meanwhile aborts the process."""
     script, rank, code = Path(sys.argv[0]).name, os.environ.get("RANK", "0"), 0
+    script += "" if rank == "0" else f" [rank {rank}]"
     warnings.formatwarning = lambda message, *_, **__: printable(f"{script}: warning: {message}\n")
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # closed: before a file of ours takes its number
@@ -357,8 +345,7 @@ def run_script(main):
             dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (all of them)
         code, words = _ending(error)
-        where = script if rank == "0" else f"{script} [rank {rank}]"
-        print(printable(f"{where}: {words}"), file=sys.stderr)
+        print(printable(f"{script}: {words}"), file=sys.stderr)
     os._exit(code)
 
 
@@ -371,8 +358,10 @@ def _ending(error):
         return 130, "interrupted"
     if isinstance(error, UserError):
         words = str(error)
-    elif isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-        words = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+    elif isinstance(error, OSError) and error.filename:
+        words = f"cannot read or write {error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        words = f"could not write a file: {error.strerror}; free some space and run again"
     elif spent:
         words = f"out of memory; give a smaller --batch or --micro-batch: {reason_of(spent)}"
     elif "DataLoader worker" in str(error):

@@ -2,10 +2,8 @@
 
     run = Run(rt, args, settings, may_change, parts, kind="tokenizer", ...)    # resumes; parts: name in the file -> object
     for step in range(run.step, total):
-        ...                                                                    # forward, backward, optimizer
-        run.advance(loss)                                                      # run.line(...), run.save() when run.due(...)
-        if run.leaving:
-            break
+        ...                                                                    # forward, backward, optimizer; then
+        run.advance(loss)                                                      # and run.line(...), run.save() when due
     run.close()
 
 A run killed anywhere and started again ends with the weights of one that was never stopped.
@@ -15,7 +13,6 @@ import contextlib
 import datetime
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -91,7 +88,7 @@ class Run:
                 self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         # Where the run that this one resumes ended between a save and the end of the evaluation
         self.lacks_evaluation = rt.share(self.step > 0 and self.due(args.eval_every) and not evaluated)
-        hidden = not (rt.main and sys.stderr.isatty())
+        hidden = None if rt.main else True  # None: where no terminal looks
         self.bar = tqdm(total=self.total, initial=self.step, disable=hidden, dynamic_ncols=True)
         self.last_time, self.last_step = time.perf_counter(), self.step
 

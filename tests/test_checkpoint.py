@@ -216,7 +216,7 @@ def test_a_download_is_whole_or_absent(tmp_path, monkeypatch):
     path = checkpoint.download(f"{address}/whole.pt")
     server.shutdown()
     assert [p.name for p in path.parent.iterdir()] == ["whole.pt"]
-    with pytest.raises(UserError, match="whole.pt.* remove it, and it is downloaded again"):
+    with pytest.raises(UserError, match="whole.pt.*remove it, and it is downloaded again"):
         checkpoint.read_weights(path)
 
 
