@@ -11,8 +11,7 @@ first the pre and then, given it, the post sub-token (the intra-token blocks).
     images = tokenizer.decode(indices.view(B, 16, 16))
 
 Letters: B batch, N tokens (grid^2, or the first of them), d width, H heads, D head width, V vocabulary of a sub-token.
-`rows` are the sequences that run: B, or 2 B where guidance adds the null class's branch.
-"""
+`rows` are the sequences that run: B, or 2 B where guidance adds the null class's branch."""
 
 import dataclasses
 import math

@@ -1,6 +1,5 @@
 """Weights and training runs on disk: files of anyone's make are read without executing anything in them, released ones
-downloaded once into torch's hub cache, a run's own written so that a kill at any moment leaves a good one.
-"""
+downloaded once into torch's hub cache, a run's own written so that a kill at any moment leaves a good one."""
 
 import contextlib
 import hashlib

@@ -306,7 +306,6 @@ def training_batches(dataset, seed, global_batch, micro_batch, rank, world, firs
 
 def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None, crops=1):
     """Yields `Batch`es: every picture exactly once over all ranks, a contiguous share each, partial last batch kept.
-
     Unreadable pictures are left out and listed, so b may be less than `batch`, even 0. indices: these pictures only
     (before sharing out). crops: each picture so often in a row, with the crops of epochs 0 .. crops - 1; `batch` counts
     pictures, so b is up to batch * crops."""

@@ -77,7 +77,6 @@ def finite_mean(values, what):
 @torch.no_grad()
 def measure(rt, args, tokenizer, pictures, inception, perceptual):
     """Run all pictures through, every rank its share. perceptual: {name of the number: LPIPS}.
-
     Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3, S, S): up
     to eight originals, then their reconstructions); None on the others."""
     rows, features_x, features_y, shown = [], [], [], None

@@ -63,7 +63,6 @@ def float64(*arrays):
 
 def inception_score(probabilities, split_size=5000):
     """Inception Score, (mean, standard deviation) over consecutive splits of `split_size` pictures.
-
     probabilities: (N, classes), each row summing to one. A split's score is exp(mean over its pictures of KL(p(y|x) ||
     p(y))), p(y) the split's mean; a short last split counts as one. Pictures sorted by class give a wrong, far too
     small score. Source: ADM's evaluator."""
@@ -77,7 +76,6 @@ def inception_score(probabilities, split_size=5000):
 
 def precision_recall(reference, generated, k=3):
     """Improved precision and recall (arXiv 1904.06991) of features (N, D) and (M, D), as two floats in [0, 1].
-
     Each set's manifold is the union of balls around its points, reaching to the k-th nearest other point. Precision:
     share of generated points in the reference's manifold; recall: the reverse. A ball holds its rim. Memory stays
     within about 1 GiB besides the features. Raises UserError for a set of k points or fewer."""
@@ -119,7 +117,6 @@ def psnr(images, others):
 
 def ssim(images, others):
     """Structural similarity of each pair, data range 1: two (B, C, H, W) uint8 -> (B,) float64.
-
     Uniform 7x7 window, sample covariances, K1 = 0.01, K2 = 0.03, mean over channels and over the windows that lie
     inside the picture; the default of scikit-image. Raises UserError for pictures smaller than the window."""
     if min(images.shape[2:]) < 7:

@@ -5,8 +5,7 @@
 
 Picture i has class i % classes and is a function of (seed, train, i); at another size it looks the same.
 
-Letters: S side in pixels.
-"""
+Letters: S side in pixels."""
 
 import colorsys
 import functools

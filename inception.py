@@ -8,8 +8,7 @@ The same network sees pictures in one of two ways, which move FID by tenths, so 
 - "tf1": as ADM's evaluator and torch-fidelity. All generation numbers of the paper.
 - "half-pixel": as pytorch-fid. The paper's rFID.
 
-Letters: B batch, C channels, H W pixels, h w feature map.
-"""
+Letters: B batch, C channels, H W pixels, h w feature map."""
 
 import functools
 import hashlib
@@ -204,7 +203,6 @@ def resize_tf1(x, size):
 
 def load_inception(path=None):
     """(InceptionV3 with weights, SHA-256 of the file) from `path`, or from torch's hub cache, downloaded once.
-
     Raises UserError where there is no such file, no network to fetch it, or the file is another network's."""
     path = Path(path) if path else checkpoint.download(INCEPTION_ADDRESS)
     entries, model = checkpoint.entries_of(checkpoint.read_weights(path), path), InceptionV3()

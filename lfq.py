@@ -7,8 +7,7 @@ sign, so a pixel's K signs are its code and, read as bits, its index in 0..2^K-1
     codes = indices_to_codes(indices, bits=18)          # (B, h, w) -> (B, h, w, K) in {-1, +1}
     pre, post = split_indices(indices, (6, 12))         # the transformer's two sub-tokens
 
-Letters: B batch, K bits, h w latent grid, N tokens = B*h*w.
-"""
+Letters: B batch, K bits, h w latent grid, N tokens = B*h*w."""
 
 import torch
 import torch.distributed as dist

@@ -4,8 +4,7 @@
     runtime.run_script(main)        # last in the file: runs main(); what the user can put right ends in one line
 
 So a script runs unchanged as `python X.py` on a CPU, as `torchrun --nproc_per_node=8 X.py` on one host, and with
-`--nnodes` on many. Nothing here knows a model.
-"""
+`--nnodes` on many. Nothing here knows a model."""
 
 import argparse
 import contextlib

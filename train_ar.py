@@ -6,8 +6,7 @@
 The codes come from encode.py, with the tokenizer that made them. What comes out, under --out: config.json, log.jsonl,
 step_XXXXXXXX.pt (the last two; everything a resume needs, and, carrying the tokenizer, all that sample.py needs),
 samples/step_XXXXXXXX.png (one class a row). Running the same command again goes on from the newest checkpoint, to the
-very weights of a run never stopped.
-"""
+very weights of a run never stopped."""
 
 import argparse
 import functools

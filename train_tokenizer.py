@@ -7,8 +7,7 @@ What comes out, under --out: config.json, log.jsonl, step_XXXXXXXX.pt (the last 
 load_tokenizer reads), samples/step_XXXXXXXX.png (original above reconstruction, by the moving average). Running the
 same command again goes on from the newest checkpoint, to the very weights of a run never stopped.
 
-Letters: x images, y their unclamped reconstructions, both (b, 3, S, S) in [-1, 1]; D the discriminator.
-"""
+Letters: x images, y their unclamped reconstructions, both (b, 3, S, S) in [-1, 1]; D the discriminator."""
 
 import argparse
 import copy

@@ -6,8 +6,7 @@
         run.advance(loss)                                                      # and run.line(...), run.save() when due
     run.close()
 
-A run killed anywhere and started again ends with the weights of one that was never stopped.
-"""
+A run killed anywhere and started again ends with the weights of one that was never stopped."""
 
 import contextlib
 import datetime
