@@ -31,8 +31,7 @@ from tokenizer import HUB, entries_under, model_from_entries, own_tokenizer, tok
 @dataclasses.dataclass(frozen=True)
 class ARConfig:
     """Size of an `ARTransformer`. `factorized_bits`: bits of the pre and post sub-tokens; `grid`: side of the token
-    grid; `dropout`: probability on the token sequence and on what attention and feed-forward add. Raises UserError for
-    a size that cannot be built."""
+    grid; `dropout`: probability on the token sequence and on what attention and feed-forward add."""
 
     width: int
     heads: int
@@ -290,7 +289,6 @@ def cross_entropies(logits, sub_indices):
     return [F.cross_entropy(part.float().flatten(0, 1), answer.flatten()) for part, answer in pairs]
 
 
-# --- Sampling ---------------------------------------------------------------------------------------------------------
 class SubTokenOptions(NamedTuple):
     """How a sub-token is drawn. scale: of guidance, where a null branch runs."""
 

@@ -41,7 +41,7 @@ STEP_256_L = 3 * (ENCODER + DECODER) + 3 * VGG + (2 + 6) * DISCRIMINATOR
 
 
 def main():
-    arguments = runtime.parser("Speed and memory on one GPU.", "  python bench.py --only entropy,sample")
+    arguments = runtime.parser(__doc__)
     arguments.add_argument("--only", help=f"comma-separated: {','.join(ROWS)}")
     repeats = "timed runs of the ceilings and the decoder; others have their own"
     arguments.add_argument("--repeats", type=runtime.at_least(1), default=20, help=repeats)
@@ -230,7 +230,8 @@ def step_flops(model):
 
 
 TRAINED = (
-    ("B", 24, 16), ("B", 96, 16), ("B", 192, 16), ("B", 24, 32), ("L", 48, 16), ("L", 96, 16), ("XL", 32, 16), ("XL", 64, 16),
+    ("B", 24, 16), ("B", 96, 16), ("B", 192, 16), ("B", 24, 32), ("L", 48, 16), ("L", 96, 16),
+    ("XL", 32, 16), ("XL", 64, 16),
 )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def entries_of(content, source):
 
 
 def match(found, expected, source, what):
-    """Check that the entries `found` (name -> tensor) are `expected` (name -> tensor), no more and no less: plain finite
+    """Check that the entries `found` (name -> tensor) are those of `expected`, no more and no less: plain finite
     tensors of those shapes. Raises UserError naming those at fault, the file `source` and `what` model was expected."""
     size = 4 * sum(value.numel() for value in expected.values())
     if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):  # in a file, one number may be so many
@@ -163,8 +163,7 @@ def hash_of(state):
 
 # --- Finding ----------------------------------------------------------------------------------------------------------
 def download(url):
-    """The local file of `url` in torch's hub cache, fetched with a progress bar the first time. Where that fails for
-    one process it fails for all."""
+    """The local file of `url` in torch's hub cache, fetched the first time: for all processes, or for none."""
     path, failure = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], None
     try:
         if not path.exists() and (not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
@@ -286,8 +285,7 @@ def restore(parts, state, path):
                 match(state.get(name), part.state_dict(), path, f"this run's {name}")
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Optimizer):
-                # A fused optimizer takes for granted that its moments lie in memory as their parameters do. Those of
-                # another device may lie otherwise.
+                # A fused optimizer wants its moments to lie in memory as their parameters do, on whatever device.
                 for parameter, moments in part.state.items():
                     alike = {key: value for key, value in moments.items() if value.shape == parameter.shape}
                     moments |= {key: torch.empty_like(parameter).copy_(value) for key, value in alike.items()}

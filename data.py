@@ -56,8 +56,7 @@ def to_uint8(images, rounding=False):
 
 
 def picture_grid(images, columns):
-    """A PIL picture of samples or reconstructions: the uint8 (N, 3, H, W) tensor `images` (on the CPU) row by row, two
-    light pixels between neighbours."""
+    """A PIL picture of a uint8 (N, 3, H, W) tensor on the CPU, row by row, two light pixels between neighbours."""
     count, _, height, width = images.shape
     rows = math.ceil(count / columns)
     sheet = torch.full((3, rows * (height + 2) - 2, columns * (width + 2) - 2), 230, dtype=torch.uint8)
@@ -71,8 +70,7 @@ def picture_grid(images, columns):
 def open_pictures(source, size, train, seed=0, labelled=True):
     """The pictures of `source` at `size` x `size` pixels, as a map-style dataset.
 
-    source: a folder with one folder a class (pictures at any depth below), or built-in `glyphs`, `glyphs:COUNT`,
-        `glyphs:COUNT:CLASSES` (a folder of that name is `./glyphs`).
+    source: a folder with one folder a class (pictures at any depth below), or built-in `glyphs[:COUNT[:CLASSES]]`.
     train: a random crop, a function of (seed, epoch, index), instead of the centre crop; glyphs: other pictures.
     labelled: False takes any picture at any depth of a folder, with label 0 of the one class "all".
 
@@ -307,8 +305,7 @@ def training_batches(dataset, seed, global_batch, micro_batch, rank, world, firs
 def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None, crops=1):
     """Yields `Batch`es: every picture exactly once over all ranks, a contiguous share each, partial last batch kept.
     Unreadable pictures are left out and listed, so b may be less than `batch`, even 0. indices: these pictures only
-    (before sharing out). crops: each picture so often in a row, with the crops of epochs 0 .. crops - 1; `batch` counts
-    pictures, so b is up to batch * crops."""
+    (before sharing out). crops: each picture so often in a row, with the crops of epochs 0 .. crops - 1."""
     share = np.array_split(range(len(dataset)) if indices is None else indices, world)[rank].tolist()
     entries = [(crop, index) for index in share for crop in range(crops)]
     each = batch * crops
@@ -322,8 +319,7 @@ class _Entries:  # item by item as asked for: a worker hands a list of them to `
 
 def _loader(pictures, entries, full, workers):
     """Yields the `Batch` of each list in `entries`, of `full` pictures where that is not 0. Between processes it holds
-    NumPy's arrays, sent through a pipe: torch's go through /dev/shm, which containers keep small, and a worker that
-    finds it full says nothing."""
+    NumPy's arrays, through a pipe: torch's go through /dev/shm, which containers keep small; full, it hangs."""
     pin = torch.accelerator.is_available()
     loader = DataLoader(
         _Entries(),

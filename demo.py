@@ -3,8 +3,7 @@
     python demo.py [FOLDER]        default folder: runs/demo
 
 Trains a tiny tokenizer on glyphs, encodes them, trains a tiny transformer, draws samples; then prints a table of what
-came out, and the two pictures to look at. Every step is a command that you can run, and change, yourself.
-"""
+came out, and the two pictures to look at. Every step is a command that you can run, and change, yourself."""
 
 import json
 import os
@@ -27,8 +26,7 @@ STREET = {
 
 
 def main():
-    examples = "  python demo.py\n  python demo.py runs/mine"
-    arguments = runtime.parser("The whole street on built-in pictures, in minutes on a CPU.", examples)
+    arguments = runtime.parser(__doc__)
     arguments.add_argument("folder", nargs="?", type=Path, default="runs/demo", help="for all that it makes")
     folder = arguments.parse_args().folder
     # Threads that wait without spinning: as fast on an idle machine, ten times faster beside any other load.

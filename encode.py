@@ -3,11 +3,8 @@
     python encode.py --tokenizer runs/tokenizer --data imagenet/train --size 256 --out codes/train
     torchrun --nproc_per_node=8 encode.py --tokenizer 256_L --data imagenet/train --crops 10 --out codes/train
 
-In --out: codes.bin (a row of int32 indices a crop), labels.bin, manifest.json, and tokenizer.pt, so that train_ar.py
-needs nothing else. `data.open_codes` reads it. Stopped anywhere, the same command goes on. Open-MAGVIT2 (arXiv
-2409.04410): the transformer is trained on the indices of a frozen tokenizer.
-
-Letters: b pictures or crops in a batch, S side in pixels, h w latent grid."""
+Open-MAGVIT2 (arXiv 2409.04410) trains its transformer on the indices of a frozen tokenizer. In --out: codes.bin,
+labels.bin, manifest.json, and tokenizer.pt, all that train_ar.py needs. Stopped anywhere, the same command goes on."""
 
 import hashlib
 import math
@@ -25,17 +22,12 @@ from tqdm import tqdm
 import checkpoint
 import data
 import runtime
-from data import PENDING, UNREADABLE
 from runtime import UserError, at_least
 from tokenizer import load_tokenizer
 
 
 def parse(argv=None):
-    arguments = runtime.parser(
-        "Encode a picture folder to a code cache for train_ar.py.",
-        "  python encode.py --tokenizer runs/tokenizer --data glyphs --size 32 --out codes/glyphs\n"
-        "  torchrun --nproc_per_node=8 encode.py --tokenizer 256_L --data imagenet/train --out codes/train",
-    )
+    arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("pictures").add_argument
     add("--data", required=True, help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in")
     add("--unlabelled", action="store_true", help="take --data's pictures at any depth, all of one class")
@@ -76,12 +68,12 @@ class CodeWriter:
         if length / 2**30 > free:
             raise UserError(f"the codes need {length / 2**30:.1f} GiB, and {self.folder} has {free:.1f} GiB free")
         labels = self.folder / "labels.bin"
-        if labels.is_file() and not labels.is_symlink() and (self.labels() != PENDING).any():
+        if labels.is_file() and not labels.is_symlink() and (self.labels() != data.PENDING).any():
             raise UserError(f"{self.folder} holds codes, but no manifest.json: restore it, or give another --out")
         with runtime.replacing(self.folder / "codes.bin") as file:
             file.truncate(length)
         with runtime.replacing(labels) as file:
-            np.full(manifest["count"], PENDING, np.int32).tofile(file)
+            np.full(manifest["count"], data.PENDING, np.int32).tofile(file)
         runtime.write_json(self.folder / "manifest.json", manifest)  # last: with it, the other two are whole
 
     def labels(self):
@@ -99,7 +91,7 @@ class CodeWriter:
         self._put("labels.bin", indices, labels)
 
     def write_unreadable(self, indices):
-        self._put("labels.bin", indices, [UNREADABLE] * len(indices))
+        self._put("labels.bin", indices, [data.UNREADABLE] * len(indices))
 
     def _put(self, name, indices, rows):
         # Plain writes: through a memory map, a full disk ends the process without a word.
@@ -112,7 +104,7 @@ class CodeWriter:
 
     def finish(self):
         """Mark the cache complete. On one rank, after all have written theirs."""
-        if (self.labels() == PENDING).any():
+        if (self.labels() == data.PENDING).any():
             raise UserError(f"{self.folder} is not finished; run encode.py again to go on")
         self.manifest["complete"] = True
         runtime.write_json(self.folder / "manifest.json", self.manifest)
@@ -215,7 +207,7 @@ def main():
         writer.finish()
         rt.say(progress())
         rt.say(f"codes used {share_used(args.out):.2%} of 2^{tokenizer.config.bits}")
-        rt.say(f"unreadable pictures: {int((writer.labels() == UNREADABLE).sum()) or 'none'}")
+        rt.say(f"unreadable pictures: {int((writer.labels() == data.UNREADABLE).sum()) or 'none'}")
         rt.say(f"complete: {args.out}")
 
 

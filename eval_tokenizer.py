@@ -26,11 +26,7 @@ PUBLISHED_BATCH = 4  # the published PSNR is taken over mini-batches of so many 
 
 
 def parse(argv=None):
-    arguments = runtime.parser(
-        "Stage I: measure a tokenizer's reconstructions.",
-        "  python eval_tokenizer.py --tokenizer 256_L --data imagenet/val --size 256\n"
-        "  torchrun --nproc_per_node=8 eval_tokenizer.py --tokenizer runs/L --data imagenet/val --out runs/L/eval",
-    )
+    arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("protocol").add_argument
     add("--tokenizer", required=True, help="256_L, 128_L, a released or own file, or a run's folder")
     add("--data", default="glyphs:5000", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
@@ -65,8 +61,7 @@ def published_psnr(per_picture):
 
 
 def finite_mean(values, what):
-    """(mean over the finite PSNRs, note on it): what is given back exactly has none to average. The mean is infinite
-    only where all are."""
+    """(mean over the finite PSNRs, inf where none is, note): what is given back exactly has none to average."""
     finite = values[values.isfinite()]
     note = f"dB, mean over {what}"
     if infinite := len(values) - len(finite):
@@ -127,8 +122,7 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
 
 def if_there(rt, load, *arguments):
     """(what `load(*arguments)` returns, None), or on all ranks (None, the reason) where one of them cannot have its
-    weights. The last argument is the file that the user gave, if any: that one must be right, and its UserError goes
-    through."""
+    weights. The last argument is the file that the user gave, if any: that one must be right."""
     found = reason = None
     try:
         found = load(*arguments)

@@ -31,7 +31,6 @@ from inception import CONVENTIONS, INCEPTION_FILE, InceptionV3, load_inception, 
 from runtime import UserError, at_least
 
 
-# --- The numbers ------------------------------------------------------------------------------------------------------
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """FID, of features' means and covariances: the squared Frechet (2-Wasserstein) distance of two Gaussians,
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
@@ -64,8 +63,7 @@ def float64(*arrays):
 def inception_score(probabilities, split_size=5000):
     """Inception Score, (mean, standard deviation) over consecutive splits of `split_size` pictures.
     probabilities: (N, classes), each row summing to one. A split's score is exp(mean over its pictures of KL(p(y|x) ||
-    p(y))), p(y) the split's mean; a short last split counts as one. Pictures sorted by class give a wrong, far too
-    small score. Source: ADM's evaluator."""
+    p(y))), p(y) the split's mean; a short last split counts as one. Pictures sorted by class make it too small."""
     scores = []
     for split in float64(probabilities)[0].split(split_size):
         divergence = torch.xlogy(split, split).sum(1) - torch.xlogy(split, split.mean(0)).sum(1)
@@ -277,8 +275,7 @@ def gather_rows(rt, parts, width):
 
 
 def readable_batches(rt, pictures, batch_size, workers):
-    """This rank's `data.Batch`es of pictures that can be read, with a progress bar on the main process. Raises UserError
-    at the end where more than 1 % cannot."""
+    """This rank's `data.Batch`es of pictures that can be read, with a progress bar. UserError if over 1 % cannot."""
     bad, batches = BadPictures(pictures), evaluation_batches(pictures, batch_size, rt.rank, rt.world, workers)
     steps = math.ceil(len(pictures) / (rt.world * batch_size))
     bar = tqdm(batches, str(pictures.source), steps, disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True)
@@ -290,8 +287,7 @@ def readable_batches(rt, pictures, batch_size, workers):
 
 
 def measure(rt, picture_set, model, args):
-    """Add the statistics of its pictures to a `PictureSet`, by all ranks, on the main process. Moments on file are left
-    as they are. model: an InceptionV3."""
+    """Add the statistics of its pictures to a `PictureSet`, by all ranks, on the main process. Stored moments stay."""
     pictures, stats, pool, spatial = picture_set.pictures, picture_set.stats, [], []
     workers = args.workers if isinstance(pictures, PictureFolder) else 0  # an .npz needs no decoding
     for batch in readable_batches(rt, pictures, args.batch, workers):
@@ -314,10 +310,8 @@ def measure(rt, picture_set, model, args):
     stats["pool"], stats["size"] = pool.numpy(), pictures.shape
 
 
-# --- The command ------------------------------------------------------------------------------------------------------
 def compare(reference, samples, classifier):
-    """({name: number, or a sentence why there is none}, warnings) of two `PictureSet`s. classifier: Inception's last
-    weight matrix (1008, 2048)."""
+    """({name: number, or why there is none}, warnings) of two `PictureSet`s. classifier: Inception's last weight."""
     ref, gen, warnings = reference.stats, samples.stats, []
     numbers = {"FID": frechet_distance(ref["mu"], ref["sigma"], gen["mu"], gen["sigma"])}
     numbers["sFID"] = "not computed (a file without spatial moments)"
@@ -361,11 +355,7 @@ def report(rt, numbers, notes, protocol, warnings=()):
 
 
 def parse(argv=None):
-    arguments = runtime.parser(
-        "FID, sFID, IS, precision and recall of two sets of pictures, with the protocol behind them.",
-        "  python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz\n"
-        "  torchrun --nproc_per_node=8 fid.py imagenet/val samples --convention half-pixel --json fid.json",
-    )
+    arguments = runtime.parser(__doc__)
     seen = "how Inception sees a picture: tf1 as ADM's evaluator and torch-fidelity, half-pixel as pytorch-fid"
     arguments.add_argument("reference", help="folder, .npz of pictures, ADM reference file, or saved statistics")
     arguments.add_argument("samples", nargs="?", help="the same; left out: --save-stats only")

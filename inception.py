@@ -3,10 +3,8 @@
     model, sha256 = load_inception()                            # the weights that the field uses, downloaded once
     pool, spatial, logits = model(pictures, "tf1")              # uint8 (B, 3, H, W), any size
 
-The same network sees pictures in one of two ways, which move FID by tenths, so the convention is part of any number:
-
-- "tf1": as ADM's evaluator and torch-fidelity. All generation numbers of the paper.
-- "half-pixel": as pytorch-fid. The paper's rFID.
+It sees pictures in one of two ways, which move FID by tenths, so the convention is part of any number: "tf1" as ADM's
+evaluator and torch-fidelity, all generation numbers of the paper; "half-pixel" as pytorch-fid, the paper's rFID.
 
 Letters: B batch, C channels, H W pixels, h w feature map."""
 
@@ -26,9 +24,8 @@ INCEPTION_ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/
 CONVENTIONS = {"tf1": "as ADM's evaluator", "half-pixel": "FID as pytorch-fid; nobody publishes the others so"}
 
 
-# --- The network. Module names are those of the released file. --------------------------------------------------------
 class ConvNorm(nn.Module):
-    """Convolution (no bias), BatchNorm, ReLU. `same`: padded so that the size stays; otherwise not padded."""
+    """Convolution (no bias), BatchNorm, ReLU. `same`: padded so that the size stays. (Names: the released file's.)"""
 
     def __init__(self, c_in, c_out, kernel=1, stride=1, same=True):
         super().__init__()

@@ -63,8 +63,7 @@ class ExactProduct(torch.autograd.Function):
 
 
 def pattern_probabilities(p, q):
-    """Probability of each pattern of k independent signs, (N, k) and (N, k) -> (N, 2^k); pattern j's sign i is bit i.
-    p, q: probability of + and of -."""
+    """Of + and - with probabilities p and q, (N, k): those of all patterns, (N, 2^k); pattern j's sign i is bit i."""
     pairs, table = torch.stack([q, p], 1), p.new_ones(len(p), 1)
     for i in range(p.shape[1]):
         table = (pairs[:, :, i, None] * table[:, None]).flatten(1)  # (N, 2, 1) * (N, 1, 2^i) -> (N, 2^(i+1))

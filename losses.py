@@ -77,8 +77,7 @@ class _ScalingLayer(nn.Module):
 class LPIPS(nn.Module):
     """Perceptual distance of two pictures (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1), 0 for equal ones. Frozen.
 
-    network: "vgg" (stage I's loss) or "alex" (the usual choice for evaluation). The weights are random until loaded:
-    see `load_lpips`."""
+    network: "vgg" (stage I's loss) or "alex" (usual in evaluation). Random until loaded: see `load_lpips`."""
 
     def __init__(self, network="vgg"):
         super().__init__()
@@ -134,12 +133,10 @@ def load_lpips(network="vgg", path=None):
     return lpips
 
 
-# --- The discriminator ------------------------------------------------------------------------------------------------
 class PatchDiscriminator(nn.Module):
     """PatchGAN: (B, 3, H, W) -> one logit a patch, (B, 1, H/8 - 2, W/8 - 2) for sides that 8 divides.
 
-    BatchNorm is per device and stays in train mode throughout training, also when D scores the generator; x and y go
-    through in separate forwards."""
+    BatchNorm is per device and in train mode throughout, also when D scores the generator; x and y go through apart."""
 
     def __init__(self):
         super().__init__()
@@ -194,7 +191,6 @@ class LeCAM(nn.Module):
         self.fake.copy_(self._moved(self.fake, mean_fake))
 
 
-# --- The two losses ---------------------------------------------------------------------------------------------------
 def _wide(x):
     """float32 at least: under autocast networks answer in half precision, and losses must not."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

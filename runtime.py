@@ -40,8 +40,7 @@ class Unreadable(UserError):
 
 
 class Runtime:
-    """This process among all: `device`, `rank` of `world`, and `control`, a gloo group for small messages between CPUs,
-    which never make an accelerator wait."""
+    """This process among all: `device`, `rank` of `world`, and `control`, a gloo group for messages between CPUs."""
 
     def __init__(self, device, rank=0, world=1, control=None):
         self.device, self.rank, self.world, self.control = device, rank, world, control
@@ -151,7 +150,7 @@ def autocast(device, precision):
 
 
 def rounding_switches(device):
-    """(object, attribute) that let float32 factors be rounded, to TF32 or HF32; those of convolutions are on at first."""
+    """(object, attribute) that let float32 factors be rounded, to TF32 or HF32; convolutions' are on at first."""
     if device.type == "npu":
         return [(torch.npu.conv, "allow_hf32"), (torch.npu.matmul, "allow_hf32")]
     return [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")]
@@ -196,7 +195,6 @@ def seed_everything(*numbers):
     torch.manual_seed(seed_of(*numbers))
 
 
-# --- A run's folder, and its stop -----------------------------------------------------------------------------
 def open_run(rt, folder, settings):
     """Make the run's folder, print the resolved settings and save them as `config.json`. Returns the folder's path."""
     folder = Path(folder)
@@ -232,12 +230,10 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path):
     """A new binary file, to be written, that takes the place of `path` at the end: a reader sees the old file or the
-    new one, never half. Nothing is left of a failure, and nothing is written through a link. Raises UserError where the
-    disk is full or cannot be written to."""
+    new one, never half. Nothing is left of a failure, which is a UserError, and no link is written through."""
     scratch = Path(f"{path}.tmp")
     scratch.unlink(missing_ok=True)
     try:
@@ -278,9 +274,9 @@ def reading(path, what):
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
-def parser(description, examples):
-    """An ArgumentParser whose errors are one line, and whose help ends with `examples` and shows, for each flag, the
-    values that presets give it (see `parse_with_presets`), or else its default."""
+def parser(script):
+    """An ArgumentParser whose errors are one line. script: its docstring, whose first two paragraphs, what it does and
+    example commands, begin and end the help; the help of a flag ends in what presets give it, or else its default."""
 
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):  # argparse's name for what its own formatters override
@@ -292,7 +288,8 @@ def parser(description, examples):
                 return action.help
             return super()._get_help_string(action)
 
-    arguments = argparse.ArgumentParser(description=description, epilog=f"examples:\n{examples}", formatter_class=Help)
+    what, examples, *_ = script.split("\n\n")
+    arguments = argparse.ArgumentParser(description=what, epilog=f"examples:\n{examples}", formatter_class=Help)
     arguments.error = lambda message: arguments.exit(2, f"{arguments.prog}: {message} (see --help)\n")
     arguments.presets = {}
     return arguments

@@ -44,11 +44,7 @@ BATCH = 200  # on an accelerator; a picture takes half the time that it takes am
 
 
 def parse(argv=None):
-    arguments = runtime.parser(
-        "Class labels to pictures: a .png grid, a folder of PNGs, or an .npz for the ADM evaluator.",
-        "  python sample.py --model runs/ar --classes A,B,C --cfg 4 4 --out samples.png\n"
-        "  torchrun --nproc_per_node=8 sample.py --model XL --per-class 50 --out samples.npz",
-    )
+    arguments = runtime.parser(__doc__)
     presets = "paper: the published settings of this size (own sizes: B's); show: cfg 4 4, top-p .96 .96; "
     presets += "default: show for a grid, otherwise paper; the flags below override it"
     classes = "`all`, or comma-separated names or numbers (a name comes first); default: all, a grid: 10, spread evenly"
@@ -153,7 +149,6 @@ def draw(model, tokenizer, labels, options, seeds):
     return tokenizer.decode(indices.unflatten(1, (model.config.grid, -1)))  # (B, N) -> (B, h, w) -> pictures
 
 
-# --- Models and settings ----------------------------------------------------------------------------------------------
 def load_models(rt, args):
     """(transformer, tokenizer, settings: their paths, and hashes of what they hold)."""
     path = tokenizer_path = rt.share(locate(args.model, RELEASED_AR))
@@ -214,7 +209,6 @@ def paper_size(width):
     return next((name for name in RELEASED_AR if AR_SIZES[name].width == width), "B")
 
 
-# --- Output -----------------------------------------------------------------------------------------------------------
 def refuse_others(work, settings):
     """Let a run go on in `work` only where it holds pictures of the same settings (or of fewer pictures)."""
     if not work.is_dir() or not any(work.iterdir()):

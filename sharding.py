@@ -4,8 +4,8 @@
     optimizer = AdamW(model.parameters())
     whole_in_files(rt, model, optimizer)    # state_dict() and load_state_dict() are those of one process
 
-Files hold whole tensors under plain names: a run may go on with or without sharding, on any number of processes. In the
-host's memory every process builds the whole model (4 bytes a parameter) and reads the whole checkpoint (12 more)."""
+Files hold whole tensors under plain names. In the host's memory every process builds the whole model (4 bytes a
+parameter) and reads the whole checkpoint (12 more)."""
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,8 +31,8 @@ def shard(rt, model, precision):
 
 
 def whole_in_files(rt, model, optimizer):
-    """Have the state dicts of a sharded model and of its optimizer hold whole tensors: on the main process's CPU, and
-    without numbers (meta) on the others. All processes must ask for them, and load them, together."""
+    """Have the state dicts of a sharded model and its optimizer hold whole tensors, on the main process's CPU (on the
+    others without numbers, meta). All processes must ask for them, and load them, together."""
     by_name, by_number = dict(model.named_parameters()), list(model.parameters())
 
     def cut_model(_, state, *args):

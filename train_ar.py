@@ -5,10 +5,8 @@
 
 The codes come from encode.py, with the tokenizer that made them. What comes out, under --out: config.json, log.jsonl,
 step_XXXXXXXX.pt (the last two; everything a resume needs, and, carrying the tokenizer, all that sample.py needs),
-samples/step_XXXXXXXX.png (one class a row). Running the same command again goes on from the newest checkpoint, to the
-very weights of a run never stopped."""
+samples/step_XXXXXXXX.png (one class a row). Running the same command again goes on from the newest checkpoint."""
 
-import argparse
 import functools
 import math
 from dataclasses import asdict
@@ -36,18 +34,13 @@ SIZE_FLAGS = ("width", "heads", "spatial_layers", "intra_layers", "dropout")
 for name, preset in PRESETS.items():
     PRESETS[name] = {**preset, **{flag: getattr(AR_SIZES[name], flag) for flag in SIZE_FLAGS}}
 
-# Settings that a resumed run may change freely: they leave the weights alone, up to rounding and, for the micro-batch,
-# which values dropout takes.
+# Settings that a resumed run may change: they leave weights alone, up to rounding and what dropout draws.
 MAY_CHANGE = {"out", "codes", "val_codes", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
 MAY_CHANGE |= {"compile", "allow_changes", "micro_batch", "preset", "shard", "checkpoint_activations"}
 
 
 def parse(argv=None):
-    arguments = runtime.parser(
-        "Stage II: train the class-conditional transformer on the codes that encode.py wrote.",
-        "  python train_ar.py --codes codes/train --val-codes codes/val --out runs/ar\n"
-        "  torchrun --nproc_per_node=8 train_ar.py --preset B --codes codes/imagenet --micro-batch 96 --out runs/B",
-    )
+    arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("data").add_argument
     add("--codes", default="codes/train", help="code cache to train on, from encode.py")
     add("--val-codes", help="code cache for the validation loss; none: not computed")
@@ -63,13 +56,9 @@ def parse(argv=None):
     add = arguments.add_argument_group("schedule").add_argument
     add("--lr", type=at_least(0, float), help="peak learning rate of AdamW")
     add("--warmup-epochs", type=at_least(0, float), help="epochs of linear warm-up from 0.005 of the peak")
-    add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
     add = arguments.add_argument_group("memory").add_argument
     add("--shard", action="store_true", help="spread weights, gradients, optimizer over processes (FSDP2); same files")
     add("--checkpoint-activations", action="store_true", help="keep only blocks' inputs, run them twice: 1/3 more work")
-    fast_help = "compile the blocks, replay passes as CUDA graphs (none beside the two flags above); "
-    fast_help += "default: on a GPU, for runs of 500 steps or more without those two"
-    add("--compile", action=argparse.BooleanOptionalAction, help=fast_help)
     training.add_run_flags(arguments, "runs/ar", 50, "validation losses and sample pictures", 10000)
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 

@@ -5,11 +5,10 @@
 
 What comes out, under --out: config.json, log.jsonl, step_XXXXXXXX.pt (the last two; everything a resume needs, and what
 load_tokenizer reads), samples/step_XXXXXXXX.png (original above reconstruction, by the moving average). Running the
-same command again goes on from the newest checkpoint, to the very weights of a run never stopped.
+same command again goes on from the newest checkpoint.
 
 Letters: x images, y their unclamped reconstructions, both (b, 3, S, S) in [-1, 1]; D the discriminator."""
 
-import argparse
 import copy
 import functools
 from dataclasses import asdict
@@ -49,11 +48,7 @@ MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset", 
 
 
 def parse(argv=None):
-    arguments = runtime.parser(
-        "Stage I: train the image tokenizer.",
-        "  python train_tokenizer.py --data glyphs --out runs/tokenizer\n"
-        "  torchrun --nproc_per_node=8 train_tokenizer.py --preset 256_L --data imagenet/train --out runs/256_L",
-    )
+    arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("data").add_argument
     add("--data", default="glyphs", help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in")
     add("--val-data", help="the same, for PSNR and the reconstruction pictures; --data where it is not given")
@@ -76,10 +71,6 @@ def parse(argv=None):
     add("--lr", type=at_least(0, float), help="learning rate of both Adams")
     add("--lr-drops", type=at_least(0, float), nargs="*", help="epochs after which the learning rate falls to a tenth")
     add("--ema", type=at_least(0, float, 1), help="decay of the moving average of all trained parameters, per step")
-    add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
-    fast_help = "compile small parts, replay passes as CUDA graphs (not with --global-entropy on several devices); "
-    fast_help += "default: on a GPU, for runs of 500 steps or more"
-    add("--compile", action=argparse.BooleanOptionalAction, help=fast_help)
     training.add_run_flags(arguments, "runs/tokenizer", 20, "evaluations and reconstruction pictures", 1000)
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 

@@ -1,6 +1,6 @@
 """What both trainings share: their flags, and a run that resumes, logs, saves, stops where its numbers do.
 
-    run = Run(rt, args, settings, may_change, parts, kind="tokenizer", ...)    # resumes; parts: name in the file -> object
+    run = Run(rt, args, settings, may_change, parts, kind="tokenizer", ...)    # resumes
     for step in range(run.step, total):
         ...                                                                    # forward, backward, optimizer; then
         run.advance(loss)                                                      # and run.line(...), run.save() when due
@@ -8,6 +8,7 @@
 
 A run killed anywhere and started again ends with the weights of one that was never stopped."""
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -24,12 +25,17 @@ from runtime import StopSignal, UserError, at_least, open_run, reading, replacin
 
 
 def add_run_flags(arguments, out, log_every, evaluated, eval_pictures):
-    """The flags of both trainings for pictures a step, the run's length, its folder and what goes there when."""
+    """The flags of both trainings for a run's length, speed and folder, and for what goes there when."""
     add = arguments.add_argument_group("length").add_argument
     add("--global-batch", type=at_least(1), help="pictures a step, over all devices")
     add("--micro-batch", type=at_least(1), help="pictures a device at once; accumulation is derived")
     add("--epochs", type=at_least(0), help="length of the run, epochs of ceil(pictures / global batch) steps")
     add("--steps", type=at_least(0), help="length of the run in steps instead, where not 0")
+    add = arguments.add_argument_group("speed").add_argument
+    add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
+    graphs = "compile what pays, and replay passes as CUDA graphs unless --global-entropy, --shard or "
+    graphs += "--checkpoint-activations forbids it; default: on a GPU, for runs of 500 steps or more"
+    add("--compile", action=argparse.BooleanOptionalAction, help=graphs)
     add = arguments.add_argument_group("output").add_argument
     add("--out", default=out, help="the run's folder")
     add("--log-every", type=at_least(1), default=log_every, help="steps between log lines")
@@ -104,8 +110,7 @@ class Run:
         return self.step % every == 0 or self.step == self.total
 
     def line(self, **values):
-        """Log the step's losses, averaged over its global batch, with speed and memory. Raises UserError where a loss
-        since the line before was not finite."""
+        """Log the step's losses, with speed and memory. UserError where one since the last line was not finite."""
         self._check_finite()
         seconds = (time.perf_counter() - self.last_time) / (self.step - self.last_step)
         left = datetime.timedelta(seconds=round((self.total - self.step) * seconds))
@@ -116,8 +121,7 @@ class Run:
         self.note(f"left {left}", **values, images_per_second=speed, memory_gib=memory)
 
     def note(self, *words, **values):
-        """Log words and values; the words on the screen only. What went before does not count in the next line's speed:
-        an evaluation ends in a note."""
+        """Log words, on the screen only, and values. What went before (an evaluation) counts in no line's speed."""
         self.last_time, self.last_step = time.perf_counter(), self.step
         if not self.rt.main:
             return

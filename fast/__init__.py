@@ -3,8 +3,8 @@
     @fast.path("norm.res_block")     # fast/norm.py: res_block, and res_block_takes, which says what it can take
     def res_block(block, x): ...     # the definition: plain PyTorch
 
-Without a GPU or Triton the decorated function is the plain one itself. Otherwise calls whose arguments `..._takes` accepts
-go to the kernels; FAST=0 in the environment keeps everything plain: no kernels, no compiled code, no CUDA graphs.
+Without a GPU or Triton the decorated function is the plain one itself. Otherwise calls that `..._takes` accepts go to
+the kernels; FAST=0 in the environment keeps everything plain: no kernels, no compiled code, no CUDA graphs.
 Nothing in fast/ is needed to understand the model, and nothing in it imports the rest of the project.
 """
 

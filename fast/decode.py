@@ -252,7 +252,8 @@ class Decoder:
         width = self.x.shape[1]
         _draw[(self.images,)](
             logits, self.uniforms, self.position, self.drawn, *self.embeddings, self.x, self.images, self.length, width,
-            option.scale, temperature, part, guide, self.guide, logits.shape[1], triton.next_power_of_2(width), num_warps=8,
+            option.scale, temperature, part, guide, self.guide, logits.shape[1], triton.next_power_of_2(width),
+            num_warps=8,
         )  # fmt: skip
 
     def draw(self, labels, uniforms, tokens):

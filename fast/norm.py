@@ -76,7 +76,7 @@ def _tile(start, chunk, pixels, C: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _affine(stats, scale, bias, stride, image, C: tl.constexpr):
-    """Mean, 1 / deviation, scale, bias of an image's channels, (C,) each; scale and bias (C,) have stride 0, (B, C) C."""
+    """Mean, 1 / deviation, scale, bias of an image's channels, (C,); scale and bias (C,) have stride 0, (B, C) C."""
     c = tl.arange(0, C)
     mean, inverse = tl.load(stats + image * 2 * C + c), tl.load(stats + image * 2 * C + C + c)
     scale, bias = tl.load(scale + image * stride + c), tl.load(bias + image * stride + c)
