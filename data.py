@@ -66,7 +66,6 @@ def picture_grid(images, columns):
     return Image.fromarray(sheet.movedim(0, -1).contiguous().numpy())
 
 
-# --- Picture folders --------------------------------------------------------------------------------------------------
 def open_pictures(source, size, train, seed=0, labelled=True):
     """The pictures of `source` at `size` x `size` pixels, as a map-style dataset.
 

@@ -20,6 +20,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -35,15 +36,16 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """FID, of features' means and covariances: the squared Frechet (2-Wasserstein) distance of two Gaussians,
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    mu: (D,); sigma: (D, D), of any rank; arrays or tensors, computed in float64. Returns a float >= 0. Raises UserError
-    for input that is not finite, or overflows."""
-    # On the CPU: CUDA's eigh does not converge for some covariances that are zero in many places.
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(array).cpu().double() for array in (mu1, sigma1, mu2, sigma2))
+    mu: (D,); sigma: (D, D), of any rank; arrays or tensors, in float64. Raises UserError for what is not finite."""
+    mu1, sigma1, mu2, sigma2 = float64(mu1, sigma1, mu2, sigma2)
     if not all((array.abs() < 1e100).all() for array in (mu1, sigma1, mu2, sigma2)):
         raise UserError("the statistics hold values that are not finite, or huge: no Frechet distance")
 
     def factor(sigma):  # (D, D) -> (D, rank), A with A A^T = sigma
-        values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
+        try:
+            values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
+        except torch.linalg.LinAlgError:  # torch gives up on some that have one eigenvalue many times
+            values, vectors = float64(*scipy.linalg.eigh(sigma.cpu()))
         positive = values > values.max() * len(values) * torch.finfo(values.dtype).eps  # the rest is rounding
         return vectors[:, positive] * values[positive].sqrt()
 
@@ -247,7 +249,6 @@ def npz_array(path, name, shape=None):
             return np.lib.format.read_array(file, allow_pickle=False)
 
 
-# --- From pictures to features and their moments ----------------------------------------------------------------------
 def moments(features):
     """Mean (D,) and sample covariance (D, D) of features (N, D), in float64, as NumPy arrays."""
     if len(features) < 2:

@@ -181,6 +181,19 @@ def test_frechet_of_a_set_with_itself_is_zero_and_not_less(golden):
         assert 0 <= distance < 1e-9
 
 
+def test_frechet_where_torch_gives_up(monkeypatch):
+    """As it does on a GPU, and with MKL, for a covariance that has one eigenvalue many times."""
+    a, b = torch.randn(2, 40, 16, dtype=torch.float64)
+    sets = (a.mean(0), a.T.cov(), 2 * b.mean(0), 3 * b.T.cov())
+    expected = fid.frechet_distance(*sets)
+
+    def give_up(*_):
+        raise torch.linalg.LinAlgError
+
+    monkeypatch.setattr(torch.linalg, "eigh", give_up)
+    assert fid.frechet_distance(*sets) == pytest.approx(expected, rel=1e-12)
+
+
 def test_frechet_refuses_what_is_not_finite():
     with pytest.raises(UserError, match="finite"):
         fid.frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.full((2, 2), np.nan))
