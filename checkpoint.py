@@ -165,8 +165,9 @@ def hash_of(state):
 def download(url):
     """The local file of `url` in torch's hub cache, fetched the first time: for all processes, or for none."""
     path, failure = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], None
+    mine = not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"  # one process a host fetches it
     try:
-        if not path.exists() and (not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
+        if mine and not path.exists():
             _fetch(url, path)
     except Exception as error:  # noqa: BLE001 (of urllib, http.client, the disk)
         reason = reason_of(getattr(error, "reason", error))
@@ -259,8 +260,7 @@ def load_latest(rt, folder, kind):
                 content = None
             found = content.get("kind") if isinstance(content, dict) else None
             if found not in ("tokenizer", "ar"):
-                reason = "is torn or damaged" if content is None else f"is no {kind} checkpoint"
-                rt.say(f"warning: {path} {reason}; passing it over")
+                rt.say(f"warning: {path} is torn or damaged, or no checkpoint; passing it over")
                 continue
             if found != kind:
                 raise UserError(f"{path} is a checkpoint of the other stage; give another --out")

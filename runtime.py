@@ -124,8 +124,8 @@ def _launched():
 def _fresh_store(rank, world):
     """The store through which this launch's ranks find one another.
     torchrun keeps one store over all restarts, and restarted ranks would find in it the addresses of those before them.
-    So each asks under a name never used before, and rank 0 answers with a prefix never used before, until all have it:
-    to the names of ranks that are gone, too, which nobody hears."""
+    So each rank leaves a new random name and waits under it; rank 0 answers every name that it finds (those of ranks
+    that are gone, too) with a new random prefix, until all have confirmed that prefix."""
     store, *_ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
     name = prefix = os.urandom(16).hex()
     if rank > 0:
