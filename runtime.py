@@ -94,9 +94,7 @@ def start():
     else:
         count = torch.accelerator.device_count()
         if local_rank >= count:
-            raise UserError(
-                f"this host has {count} {device.type} device(s); launch torchrun with --nproc_per_node={count}"
-            )
+            raise UserError(f"{count} {device.type} device(s) here: launch torchrun with --nproc_per_node={count}")
         torch.accelerator.set_device_index(local_rank)
         device = torch.device(device.type, local_rank)
     if world == 1:
