@@ -220,7 +220,7 @@ def test_a_run_of_the_other_stage_is_not_touched(flags, codes, tmp_path):
 def test_foreign_weights_are_passed_over(flags, tmp_path):
     write_atomically(tmp_path / "step_00000005.pt", {"weights": torch.ones(2)})
     done = run("train_ar.py", *flags, "--steps", 1, "--out", tmp_path)
-    assert "is no ar checkpoint" in done.stdout and "resumed" not in done.stdout
+    assert "is torn or damaged, or no checkpoint; passing it over" in done.stdout and "resumed" not in done.stdout
 
 
 def test_a_run_goes_on_with_its_own_codes_only(whole, flags, codes, tmp_path):
