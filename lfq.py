@@ -64,10 +64,11 @@ class ExactProduct(torch.autograd.Function):
 
 def pattern_probabilities(p, q):
     """Of + and - with probabilities p and q, (N, k): those of all patterns, (N, 2^k); pattern j's sign i is bit i."""
-    pairs, table = torch.stack([q, p], 1), p.new_ones(len(p), 1)
-    for i in range(p.shape[1]):
-        table = (pairs[:, :, i, None] * table[:, None]).flatten(1)  # (N, 2, 1) * (N, 1, 2^i) -> (N, 2^(i+1))
-    return table
+    half = p.shape[1] // 2
+    if half == 0:
+        return torch.cat([q, p], 1) if p.shape[1] else p.new_ones(len(p), 1)
+    low, high = (pattern_probabilities(p[:, part], q[:, part]) for part in (slice(half), slice(half, None)))
+    return (high[:, :, None] * low[:, None]).flatten(1)  # (N, 2^(k - half), 1) * (N, 1, 2^half) -> (N, 2^k)
 
 
 def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
