@@ -79,7 +79,8 @@ class Run:
         epoch_steps, self.total = run_length(args, settings["pictures"])
         accumulation = split_batch(args.global_batch, args.micro_batch, rt.world)
         batch = f"{args.global_batch} = {rt.world} process(es) x {args.micro_batch} x {accumulation} accumulated"
-        rt.say(f"{self.total} steps, {epoch_steps} an epoch; global batch {batch}")
+        length = f"{settings['pictures']} pictures, {epoch_steps} steps an epoch, {self.total} steps"
+        rt.say(f"{length}; global batch {batch}")
         self.signal = StopSignal()
         # The first step whose loss or weights were not finite: on the device, without waiting for it.
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=rt.device)
