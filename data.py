@@ -55,6 +55,16 @@ def to_uint8(images, rounding=False):
     return (levels.round() if rounding else levels).to(torch.uint8)
 
 
+def to_tensor(picture):
+    """An RGB PIL picture -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def to_picture(image):
+    """uint8 (3, H, W) -> a PIL picture."""
+    return Image.fromarray(image.movedim(0, -1).cpu().contiguous().numpy())
+
+
 def picture_grid(images, columns):
     """A PIL picture of a uint8 (N, 3, H, W) tensor on the CPU, row by row, two light pixels between neighbours."""
     count, _, height, width = images.shape
@@ -63,7 +73,7 @@ def picture_grid(images, columns):
     for i, image in enumerate(images):
         top, left = i // columns * (height + 2), i % columns * (width + 2)
         sheet[:, top : top + height, left : left + width] = image
-    return Image.fromarray(sheet.movedim(0, -1).contiguous().numpy())
+    return to_picture(sheet)
 
 
 def open_pictures(source, size, train, seed=0, labelled=True):
@@ -72,18 +82,21 @@ def open_pictures(source, size, train, seed=0, labelled=True):
     source: a folder with one folder a class (pictures at any depth below), or built-in `glyphs[:COUNT[:CLASSES]]`.
     train: a random crop, a function of (seed, epoch, index), instead of the centre crop; glyphs: other pictures.
     labelled: False takes any picture at any depth of a folder, with label 0 of the one class "all".
+    size: None takes pictures as they are, neither resized nor cropped; `.shape` is None then.
 
     Returns a dataset with `len()`, `.source`, `.classes` (names; folders sorted), `.labels` (int64 array), `.shape`
     (H, W), `.name(index)`, and `dataset[epoch, index]` -> (uint8 tensor (3, S, S), label), which raises whatever Pillow
     raises for an unreadable picture. Raises UserError where none can be read."""
-    assert size > 0 and seed >= 0
+    assert (size is None or size > 0) and seed >= 0
     if str(source).split(":")[0] == "glyphs":
         return Glyphs(str(source), size, train, seed)
     return PictureFolder(source, size, train, seed, labelled)
 
 
 class PictureFolder:
-    """See `open_pictures`. size None: pictures as they are, neither resized nor cropped; `shape` is None then."""
+    """See `open_pictures`."""
+
+    smallest = 1  # pixels of the long side: pictures of fewer count as unreadable, at size None
 
     def __init__(self, source, size, train=False, seed=0, labelled=True):
         self.source, self.size, self.train, self.seed = Path(source), size, train, seed
@@ -125,7 +138,9 @@ class PictureFolder:
         if self.size:
             rng = np.random.default_rng([CROP, self.seed, epoch, index]) if self.train else None
             picture = resize_and_crop(picture, self.size, rng)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous(), int(self.labels[index])
+        elif max(picture.size) < self.smallest:
+            raise ValueError(f"it has {picture.width}x{picture.height} pixels, too few for this tokenizer's decoder")
+        return to_tensor(picture), int(self.labels[index])
 
 
 def _pictures_by_class(source):

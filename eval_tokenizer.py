@@ -3,14 +3,19 @@
     python eval_tokenizer.py --tokenizer 256_L --data imagenet/val --size 256                    # the paper's rFID 1.17
     torchrun --nproc_per_node=8 eval_tokenizer.py --tokenizer 128_L --data imagenet/val --size 256        # rFID 0.34
     python eval_tokenizer.py --tokenizer runs/tokenizer --data glyphs:2000 --size 32       # own run, built-in pictures
+    python eval_tokenizer.py --tokenizer 256_L --data photos --size original --save-pictures rebuilt     # of any sizes
 
 Every picture is resized and centre-cropped to --size, encoded and decoded. Out come, with the protocol behind them:
 rFID, PSNR and SSIM (each plain, and as published), LPIPS with VGG and with AlexNet, the share of the 2^K codes that
 occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above reconstruction)."""
 
 import math
+import os
+from collections import Counter
+from pathlib import Path
 
 import torch
+from torch.nn.functional import pad
 
 import data
 import runtime
@@ -22,7 +27,12 @@ from tokenizer import load_tokenizer
 
 NUMBERS = ["pictures", "rFID", "PSNR", "PSNR published", "SSIM", "SSIM published", "LPIPS VGG", "LPIPS AlexNet"]
 NUMBERS += ["codebook use", "bits per pixel"]
-PUBLISHED_BATCH = 4  # the published PSNR is taken over mini-batches of so many pictures
+PUBLISHED_BATCH = 4  # the published PSNR is taken over mini-batches of so many pictures; at original size of one
+SMALLEST = {"SSIM": 7, "LPIPS VGG": 16, "LPIPS AlexNet": 31}  # side in pixels of pictures that have one
+
+
+def side(text):
+    return text if text == "original" else at_least(1)(text)
 
 
 def parse(argv=None):
@@ -30,7 +40,8 @@ def parse(argv=None):
     add = arguments.add_argument_group("protocol").add_argument
     add("--tokenizer", required=True, help="256_L, 128_L, a released or own file, or a run's folder")
     add("--data", default="glyphs:5000", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
-    add("--size", type=at_least(1), default=256, help="side of the crops, pixels; a multiple of the tokenizer's factor")
+    size = "side of the crops, pixels, a multiple of the tokenizer's factor; or 'original': no resize, no crop, batch 1"
+    add("--size", type=side, default=256, help=size)
     add("--raw", action="store_true", help="the training weights, not their moving average")
     add("--rounding", action="store_true", help="round to uint8 for PSNR and SSIM; published: truncate")
     add("--precision", default="fp32", help="of the tokenizer: fp32, bf16 or fp16; the metrics stay in fp32")
@@ -40,6 +51,7 @@ def parse(argv=None):
     add("--lpips-alex", help="file with LPIPS's AlexNet weights: a state dict of losses.LPIPS")
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/eval", help="folder for metrics.json, config.json and reconstructions.png")
+    add("--save-pictures", metavar="FOLDER", help="write every reconstruction there, a PNG named as its original")
     add = arguments.add_argument_group("speed (changes no number)").add_argument
     add("--batch", type=at_least(1), default=16, help="pictures a device at once")
     add("--workers", type=at_least(0), default=2, help="loader processes per device")
@@ -70,36 +82,66 @@ def finite_mean(values, what):
 
 
 @torch.no_grad()
-def measure(rt, args, tokenizer, pictures, inception, perceptual):
-    """Run all pictures through, every rank its share. perceptual: {name of the number: LPIPS}.
-    Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3, S, S): up
+def rebuild(tokenizer, x):
+    """Images (B, 3, H, W) in [-1, 1], of any size -> (y of the same size, unclamped, indices (B, h, w)). Zeros (mid
+    grey) pad x to a multiple of the tokenizer's factor, half of them (rounded down) left and top, and are cut off y."""
+    height, width = x.shape[2:]
+    rows, columns = -height % tokenizer.factor, -width % tokenizer.factor
+    top, left = rows // 2, columns // 2
+    y, indices, _ = tokenizer(pad(x, (left, columns - left, top, rows - top)))
+    return y[:, :, top : top + height, left : left + width], indices
+
+
+def png_names(names):
+    """The names of files, each with .png in the place of its suffix; behind it, where two would share a name."""
+    names, whole, shared = list(names), set(), True
+    while shared:  # again: a whole name may be another one's short name
+        found = [(name if name in whole else os.path.splitext(name)[0]) + ".png" for name in names]
+        times = Counter(found)
+        shared = {name for name, png in zip(names, found) if times[png] > 1} - whole
+        whole |= shared
+    return found
+
+
+@torch.no_grad()
+def measure(rt, args, tokenizer, pictures, inception, perceptual, keep=None):
+    """Run all pictures through, every rank its share. perceptual: {name of the number: LPIPS}. keep: called on each
+    rank with each picture's index and its reconstruction, uint8 (3, H, W).
+    Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3, H, W): up
     to eight originals, then their reconstructions); None on the others."""
-    rows, features_x, features_y, shown = [], [], [], None
+    rows, features_x, features_y, shown, tokens, pixels = [], [], [], None, 0, 0
     seen = torch.zeros(2**tokenizer.config.bits, dtype=torch.uint8)
     for batch in readable_batches(rt, pictures, args.batch, args.workers):
         images = batch.images.to(rt.device)
         x = data.to_float(images)
         with runtime.autocast(rt.device, args.precision):
-            y, indices, _ = tokenizer(x)
+            y, indices = rebuild(tokenizer, x)
         y = y.float().clamp(-1, 1)
         if not y.isfinite().all():
             raise UserError(f"{args.tokenizer} gives back values that are not finite")
         rebuilt = data.to_uint8(y, args.rounding)
         seen[indices.flatten().cpu()] = 1
+        tokens, pixels = tokens + indices.numel(), pixels + x[:, 0].numel()
         if shown is None:
             shown = torch.cat([images[:8], rebuilt[:8]]).cpu()
 
         original, published, scored = float64(images, published_original(batch.images, args.rounding), rebuilt)
-        columns = [score(of, scored) for score in (psnr, ssim) for of in (original, published)]
+        columns = [psnr(original, scored), psnr(published, scored)]
+        none = torch.full_like(columns[0], math.inf)
+        fitting = [name for name, smallest in SMALLEST.items() if min(images.shape[2:]) >= smallest]
+        columns += [ssim(of, scored) if "SSIM" in fitting else none for of in (original, published)]
         with runtime.exact_float32(rt.device):
-            columns += float64(*(lpips(x, y).flatten() for lpips in perceptual.values()))
-        rows.append(torch.stack(columns, 1))  # (b, 4 + len(perceptual))
+            distances = [lpips(x, y).flatten() if name in fitting else none for name, lpips in perceptual.items()]
+        rows.append(torch.stack(columns + float64(*distances), 1))  # (b, 4 + len(perceptual))
+        for picture in zip(batch.indices.tolist(), rebuilt) if keep else ():
+            keep(*picture)
         if inception:
             # As floats: the published rFID never passes through uint8.
             features_x.append(inception((x + 1) / 2, "half-pixel")[0].cpu())
             features_y.append(inception((y + 1) / 2, "half-pixel")[0].cpu())
 
     used = int(rt.reduce(seen, "max").sum())
+    tokens, pixels = rt.reduce([tokens, pixels])
     rows = gather_rows(rt, rows, 4 + len(perceptual))
     if inception:
         features_x, features_y = (gather_rows(rt, features, 2048) for features in (features_x, features_y))
@@ -110,13 +152,17 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual):
         numbers["rFID"] = frechet_distance(*moments(features_x), *moments(features_y))
         notes["rFID"] = "" if len(rows) >= 2048 else "biased upwards: fewer than 2048 pictures"
     numbers["PSNR"], notes["PSNR"] = finite_mean(rows[:, 0], "pictures")
-    batches = published_psnr(rows[:, 1])
-    numbers["PSNR published"], notes["PSNR published"] = finite_mean(batches, f"mini-batches of {PUBLISHED_BATCH}")
+    each, batches = (PUBLISHED_BATCH, published_psnr(rows[:, 1])) if pictures.shape else (1, rows[:, 1])
+    numbers["PSNR published"], notes["PSNR published"] = finite_mean(batches, f"mini-batches of {each}")
+    notes["PSNR published"] += f"; mean over pictures {finite_mean(rows[:, 1], '')[0]:.4f}"
     for column, name in enumerate(["SSIM", "SSIM published", *perceptual], 2):
-        numbers[name] = rows[:, column].mean().item()
+        measured = rows[rows[:, column].isfinite(), column]
+        numbers[name] = measured.mean().item() if len(measured) else "not computed"
+        if small := len(rows) - len(measured):
+            notes[name] = f"{small} pictures are too small for it, and left out"
     numbers["codebook use"] = used / len(seen)
     notes["codebook use"] = f"{used} of {len(seen)} codes occur"
-    numbers["bits per pixel"] = tokenizer.config.bits / tokenizer.factor**2
+    numbers["bits per pixel"] = tokenizer.config.bits * tokens / pixels
     return numbers, notes, shown
 
 
@@ -138,10 +184,18 @@ def main():
     args = parse()
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
-    pictures = data.open_pictures(args.data, args.size, train=False, labelled=False)
+    size = None if args.size == "original" else args.size
+    args.batch = args.batch if size else 1
+    pictures = data.open_pictures(args.data, size, train=False, labelled=False)
+    if args.save_pictures:
+        paths = [Path(args.save_pictures, name) for name in png_names(map(pictures.name, range(len(pictures))))]
+        folders, source = {path.parent.resolve() for path in paths}, Path(args.data).resolve()
+        if any(folder.is_relative_to(source) for folder in folders):
+            raise UserError(f"--save-pictures {args.save_pictures} would write below --data; give another folder")
     tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw).to(rt.device, memory_format=rt.layout)
-    if args.size % tokenizer.factor:
-        raise UserError(f"--size {args.size} is not a multiple of {tokenizer.factor}, this tokenizer's factor")
+    pictures.smallest = tokenizer.factor + 1  # the decoder needs two tokens
+    if size and size % tokenizer.factor:
+        raise UserError(f"--size {size} is not a multiple of {tokenizer.factor}, this tokenizer's factor")
     absent, perceptual = {}, {}
     loaded, absent["rFID"] = if_there(rt, load_inception, args.inception)
     inception, sha256 = loaded or (None, None)
@@ -152,14 +206,23 @@ def main():
         inception.to(rt.device)
     out = runtime.open_run(rt, args.out, vars(args))
 
-    measured = measure(rt, args, tokenizer, pictures, inception, perceptual)
+    def keep(index, y):
+        if args.save_pictures:
+            paths[index].parent.mkdir(parents=True, exist_ok=True)
+            with runtime.replacing(paths[index]) as file:
+                data.to_picture(y).save(file, "PNG")
+
+    measured = measure(rt, args, tokenizer, pictures, inception, perceptual, keep)
     if not rt.main:
         return
     numbers, notes, shown = measured
     numbers = {name: numbers.get(name, absent.get(name)) for name in NUMBERS}
+    shape = f"original size, zero padding to multiples of {tokenizer.factor} (cut off again), batch 1"
+    if size:
+        shape = f"short side resized to {size}, centre crop {size}x{size}"
     protocol = {
         "tokenizer": f"{args.tokenizer}, {'training weights' if args.raw else 'moving average where there is one'}",
-        "pictures": f"{args.data}, short side resized to {args.size}, centre crop {args.size}x{args.size}",
+        "pictures": f"{args.data}, {shape}",
         "rFID": "float originals, float reconstructions clamped; convention half-pixel (as pytorch-fid)",
         "inception": weights_in_words(sha256) if inception else "none",
         "PSNR, SSIM": f"uint8, {'rounded' if args.rounding else 'truncated'}, data range 1; published: originals too",

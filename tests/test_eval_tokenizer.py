@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -215,6 +216,121 @@ def test_pictures_given_back_exactly(files):
     assert numbers["codebook use"] == 1 / 2**10
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sides", [(8, 16), (9, 7), (1, 9), (3, 13), (31, 16)])
+def test_pictures_of_any_size_are_padded_and_cut(sides):
+    """The halves that the padding is made of, by hand."""
+    tokenizer, (height, width) = fill(Tokenizer(TokenizerConfig(32, (1, 1, 1, 1), 1, bits=10))).eval(), sides
+    x = torch.rand(2, 3, height, width) * 2 - 1
+    padded_height, padded_width = math.ceil(height / 8) * 8, math.ceil(width / 8) * 8
+    top, left = (padded_height - height) // 2, (padded_width - width) // 2
+    padded = torch.zeros(2, 3, padded_height, padded_width)
+    padded[:, :, top : top + height, left : left + width] = x
+    truth, codes, _ = tokenizer(padded)
+    y, indices = eval_tokenizer.rebuild(tokenizer, x)
+    assert torch.equal(y, truth[:, :, top : top + height, left : left + width]) and torch.equal(indices, codes)
+    assert y.shape == x.shape
+
+
+def odd_pictures(folder):
+    """Pictures of seven sizes and three modes; their names, in order. One has a name that is not UTF-8."""
+    rng = np.random.default_rng(1)
+    shapes = {"a.png": (33, 40, 3), "a.webp": (40, 20, 4), "b/a.png": (7, 31), "b/c.png": (5, 9, 3), "b/d.png": (1, 3)}
+    shapes |= {os.fsdecode(b"caf\xe9.bmp"): (64, 32, 3), "z.png": (32, 35, 3)}
+    for name, shape in shapes.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(rng.normal(128, 40, shape).clip(0, 255).astype(np.uint8))
+        picture.save(folder / name, lossless=True)
+    return sorted(shapes)
+
+
+@torch.no_grad()
+def test_original_size_on_two_processes(files, tmp_path):
+    names = odd_pictures(tmp_path / "pictures")
+    flags = ["--tokenizer", files.folder / "tokenizer.pt", "--data", tmp_path / "pictures", "--size", "original"]
+    flags += ["--batch", 5, "--workers", 0, "--inception", files.folder / "inception.pth"]
+    flags += ["--lpips-vgg", files.folder / "vgg.pt", "--lpips-alex", files.folder / "alex.pt"]
+    flags += ["--save-pictures", tmp_path / "saved", "--out", tmp_path / "out"]
+    words = run("eval_tokenizer.py", *flags, processes=2).stdout
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+    pngs = {name: name.rsplit(".", 1)[0] + ".png" for name in names} | {n: f"{n}.png" for n in ("a.png", "a.webp")}
+    columns, features, tokens, pixels = [], ([], []), 0, 0
+    for name in names:
+        image = torch.from_numpy(np.array(Image.open(tmp_path / "pictures" / name).convert("RGB"))).permute(2, 0, 1)
+        x = image[None] / 127.5 - 1
+        y, indices = eval_tokenizer.rebuild(files.average, x)
+        y = y.clamp(-1, 1)
+        y_uint8 = (255 * (y + 1) / 2).to(torch.uint8)
+        saved = np.asarray(Image.open(tmp_path / "saved" / pngs[name]))
+        assert np.array_equal(saved, y_uint8[0].permute(1, 2, 0)), name
+        lower = image - ((image >= 1) & (image <= 95)).byte()
+        short = min(image.shape[1:])
+        columns.append([-10 * math.log10(errors(of[None], y_uint8)[0]) for of in (image, lower)])
+        columns[-1] += [fid.ssim(of[None], y_uint8).item() if short >= 7 else math.nan for of in (image, lower)]
+        for network, smallest in (("vgg", 16), ("alex", 31)):
+            columns[-1].append(files.lpips[network](x, y).item() if short >= smallest else math.nan)
+        for points, z in zip(features, (x, y)):
+            points.append(files.inception((z + 1) / 2, "half-pixel")[0].double())
+        tokens, pixels = tokens + indices.numel(), pixels + image[0].numel()
+    assert sorted(path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*.*")) == sorted(
+        map(type(tmp_path), pngs.values())
+    )
+    kinds = ["PSNR", "PSNR published", "SSIM", "SSIM published", "LPIPS VGG", "LPIPS AlexNet"]
+    for name, mean in zip(kinds, np.nanmean(columns, 0), strict=True):
+        assert found[name] == pytest.approx(mean, rel=1e-5), name
+    moments = [part for points in map(torch.cat, features) for part in (points.mean(0), torch.cov(points.T))]
+    assert found["rFID"] == pytest.approx(fid.frechet_distance(*moments), rel=1e-5)
+    assert found["bits per pixel"] == 10 * tokens / pixels > 10 / 4 and found["pictures"] == 7
+    for note in ("mini-batches of 1;", "LPIPS AlexNet", "2 pictures are too small", "3 pictures are", "4 pictures are"):
+        assert note in words
+    assert "original size, zero padding to multiples of 2 (cut off again), batch 1" in words
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["batch"] == 1
+
+
+def test_saved_pictures_of_a_fixed_size(evaluate, files, tmp_path):
+    found = evaluate("--save-pictures", tmp_path / "saved")
+    y, _ = rebuilt(files.average, centre_crops(files))
+    saved = [np.asarray(Image.open(tmp_path / "saved" / f"{number}.png")) for number in range(6)]
+    assert np.array_equal(np.stack(saved), (255 * (y + 1) / 2).to(torch.uint8).permute(0, 2, 3, 1))
+    images = centre_crops(files)
+    error = errors(images - ((images >= 1) & (images <= 95)).byte(), (255 * (y + 1) / 2).to(torch.uint8))
+    note = found["notes"]["PSNR published"]
+    assert note == f"dB, mean over mini-batches of 4; mean over pictures {(-10 * np.log10(error)).mean():.4f}"
+
+
+def test_names_of_saved_pictures():
+    names = ["a.png", "b.jpg", "b.png", "b.jpg.bmp", "c/b.jpg", "x.y.tif", "plain"]
+    expected = ["a.png", "b.jpg.png", "b.png.png", "b.jpg.bmp.png", "c/b.png", "x.y.png", "plain.png"]
+    assert eval_tokenizer.png_names(names) == expected
+
+
+def test_originals_are_never_written_over(evaluate, files, tmp_path):
+    (tmp_path / "link").symlink_to(files.folder / "pictures")
+    (tmp_path / "below").mkdir()
+    for folder in (files.folder / "pictures", files.folder / "pictures" / "new", tmp_path / "link"):
+        with pytest.raises(UserError, match="would write below --data; give another folder$"):
+            evaluate("--save-pictures", folder)
+    assert sorted(os.listdir(files.folder / "pictures")) == [f"{number}.png" for number in range(6)]
+    (tmp_path / "file").write_text("")
+    flags = ["--size", "original", "--workers", 0, "--out", tmp_path / "out", "--save-pictures", tmp_path / "file"]
+    line = fails_with_one_line("eval_tokenizer.py", *named(files), *flags)
+    assert line == f"eval_tokenizer.py: cannot read or write {tmp_path / 'file'}: File exists"
+
+
+def test_a_picture_of_one_token_is_named_and_counted(tmp_path, evaluate):
+    flags = ["--data", tmp_path / "pictures", "--size", "original"]
+    odd_pictures(tmp_path / "pictures")
+    Image.new("L", (2, 1)).save(tmp_path / "pictures" / "dot.png")
+    with pytest.raises(UserError, match="dot.png .it has 2x1 pixels, too few for this tokenizer's decoder..; repair"):
+        evaluate(*flags)
+    for number in range(100):
+        Image.new("L", (3, 1)).save(tmp_path / "pictures" / f"{number}.png")
+    found = evaluate(*flags)
+    assert found["pictures"] == 107 and found["notes"]["pictures"] == "1 unreadable ones left out"
+    assert found["notes"]["SSIM"] == "102 pictures are too small for it, and left out"
+
+
 def test_what_the_user_gets_wrong(evaluate, files, tmp_path):
     tokenizer = str(files.folder / "tokenizer.pt")
     for flags, words in [
@@ -224,6 +340,7 @@ def test_what_the_user_gets_wrong(evaluate, files, tmp_path):
         (["--lpips-vgg", str(files.folder / "alex.pt")], "LPIPS weights"),
         (["--lpips-alex", "absent.pt"], "no file absent.pt"),
         (["--precision", "fp8"], "unknown precision"),
+        (["--size", "original", "--data", "glyphs:9"], "glyphs are drawn to size, they have none of their own"),
     ]:
         with pytest.raises(UserError, match=words) as error:
             evaluate(*flags)
@@ -231,3 +348,5 @@ def test_what_the_user_gets_wrong(evaluate, files, tmp_path):
     assert not (tmp_path / "out").exists()  # nothing half-written
     absent = ["--tokenizer", tokenizer, "--data", tmp_path / "absent"]
     assert "no picture folder" in fails_with_one_line("eval_tokenizer.py", *absent)
+    line = fails_with_one_line("eval_tokenizer.py", *absent, "--size", "large")
+    assert "argument --size: invalid side value: 'large'" in line
