@@ -81,7 +81,8 @@ def open_pictures(source, size, train, seed=0, labelled=True):
 
     source: a folder with one folder a class (pictures at any depth below), or built-in `glyphs[:COUNT[:CLASSES]]`.
     train: a random crop, a function of (seed, epoch, index), instead of the centre crop; glyphs: other pictures.
-    labelled: False takes any picture at any depth of a folder, with label 0 of the one class "all".
+    labelled: False takes any picture at any depth of a folder, with label 0 of the one class "all"; None does so too,
+    unless all of them lie in class folders.
     size: None takes pictures as they are, neither resized nor cropped; `.shape` is None then.
 
     Returns a dataset with `len()`, `.source`, `.classes` (names; folders sorted), `.labels` (int64 array), `.shape`
@@ -102,6 +103,8 @@ class PictureFolder:
         self.source, self.size, self.train, self.seed = Path(source), size, train, seed
         self.shape = size and (size, size)
         found = _pictures_by_class(self.source)
+        if labelled is None:
+            labelled = all(bool(paths) == (name != ".") for name, paths in found.items())
         if not labelled:
             found = {".": [path for paths in found.values() for path in paths]}
         elif len(found) > 1:

@@ -50,7 +50,7 @@ MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset", 
 def parse(argv=None):
     arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("data").add_argument
-    add("--data", default="glyphs", help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in")
+    add("--data", default="glyphs", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]], built in")
     add("--val-data", help="the same, for PSNR and the reconstruction pictures; --data where it is not given")
     add("--size", type=at_least(1), help="side of the training crops, pixels")
     add("--workers", type=at_least(0), default=2, help="loader processes per device")
@@ -111,8 +111,8 @@ def main():
     torch.backends.cudnn.benchmark = True
 
     # Data
-    pictures = data.open_pictures(args.data, args.size, train=True, seed=args.seed)
-    val_pictures = data.open_pictures(args.val_data or args.data, args.size, train=False, seed=args.seed)
+    pictures = data.open_pictures(args.data, args.size, train=True, seed=args.seed, labelled=None)
+    val_pictures = data.open_pictures(args.val_data or args.data, args.size, False, args.seed, labelled=None)
     epoch_steps, total = training.run_length(args, len(pictures))
 
     # Models

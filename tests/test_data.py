@@ -135,6 +135,27 @@ def test_classes_names_and_labels(tmp_path):
     assert "loose.png" in [everything.name(i) for i in range(6)]
 
 
+def test_class_folders_where_there_are_such(tmp_path):
+    """A set of class folders stays what it was, in its own order; any other is one class."""
+
+    def names(**options):
+        dataset = data.open_pictures(tmp_path, 16, train=True, **options)
+        return dataset.classes, list(dataset.labels), [dataset.name(i) for i in range(len(dataset))]
+
+    for name in ["a/z.png", "a/b/c.png", "a-b/x.png"]:  # as paths, a-b comes before a
+        save(tmp_path / name)
+    by_class = names(), data.identity(data.open_pictures(tmp_path, 16, train=True))
+    assert by_class[0] == (["a", "a-b"], [0, 0, 1], ["a/b/c.png", "a/z.png", "a-b/x.png"])
+    either = data.open_pictures(tmp_path, 16, train=True, labelled=None)
+    assert (names(labelled=None), data.identity(either)) == by_class
+    (tmp_path / "empty").mkdir()
+    assert names(labelled=None) == (["all"], [0] * 3, ["a-b/x.png", "a/b/c.png", "a/z.png"]) == names(labelled=False)
+    (tmp_path / "empty").rmdir()
+    save(tmp_path / "loose.png")
+    everything = names(labelled=None)
+    assert everything == (["all"], [0] * 4, ["a-b/x.png", "a/b/c.png", "a/z.png", "loose.png"])
+
+
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     def complaint(path, **options):
         with pytest.raises(UserError) as error:
@@ -147,6 +168,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no pictures" in complaint(tmp_path / "empty")
     assert "holds no pictures" in complaint(tmp_path / "empty", labelled=False)
+    assert "holds no pictures" in complaint(tmp_path / "empty", labelled=None)
     assert "no class folders, its 1 pictures lie directly in it" in complaint(tmp_path / "files")
     save(tmp_path / "half" / "full" / "p.png")
     (tmp_path / "half" / "hollow").mkdir()

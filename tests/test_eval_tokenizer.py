@@ -307,7 +307,6 @@ def test_names_of_saved_pictures():
 
 def test_originals_are_never_written_over(evaluate, files, tmp_path):
     (tmp_path / "link").symlink_to(files.folder / "pictures")
-    (tmp_path / "below").mkdir()
     for folder in (files.folder / "pictures", files.folder / "pictures" / "new", tmp_path / "link"):
         with pytest.raises(UserError, match="would write below --data; give another folder$"):
             evaluate("--save-pictures", folder)

@@ -185,6 +185,17 @@ def test_a_run_goes_on_with_its_own_pictures_only(tmp_path):
     assert "pictures of other contents; use" in line
 
 
+def test_pictures_need_no_class_folders(tmp_path):
+    for number in range(5):
+        folder = tmp_path / ("d" if number < 4 else "val")
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (30, 24), (60 * number, 9, 9)).save(folder / f"{number}.png")
+    flags = [*TINY, "--gan-weight", 0, "--global-batch", 4, "--steps", 1, "--data", tmp_path / "d"]
+    done = run("train_tokenizer.py", *flags, "--val-data", tmp_path / "val", "--out", tmp_path / "out")
+    assert "4 pictures, 1 steps an epoch" in done.stdout and (tmp_path / "out" / "step_00000001.pt").exists()
+    assert "resumed" in run("train_tokenizer.py", *flags, "--out", tmp_path / "out").stdout
+
+
 def test_a_flag_younger_than_the_checkpoint_was_off(whole, tmp_path):
     state = final(whole)
     del state["settings"]["global_entropy"]
