@@ -95,13 +95,11 @@ def open_pictures(source, size, train, seed=0, labelled=True):
 
 
 class PictureFolder:
-    """See `open_pictures`."""
-
-    smallest = 1  # pixels of the long side: pictures of fewer count as unreadable, at size None
+    """See `open_pictures`. smallest: at size None, a picture with a shorter (short, long) side counts as unreadable."""
 
     def __init__(self, source, size, train=False, seed=0, labelled=True):
         self.source, self.size, self.train, self.seed = Path(source), size, train, seed
-        self.shape = size and (size, size)
+        self.shape, self.smallest = size and (size, size), (1, 1)
         found = _pictures_by_class(self.source)
         if labelled is None:
             labelled = all(bool(paths) == (name != ".") for name, paths in found.items())
@@ -141,8 +139,8 @@ class PictureFolder:
         if self.size:
             rng = np.random.default_rng([CROP, self.seed, epoch, index]) if self.train else None
             picture = resize_and_crop(picture, self.size, rng)
-        elif max(picture.size) < self.smallest:
-            raise ValueError(f"it has {picture.width}x{picture.height} pixels, too few for this tokenizer's decoder")
+        elif min(picture.size) < self.smallest[0] or max(picture.size) < self.smallest[1]:
+            raise ValueError("it is {}x{}, smaller than {}x{}".format(*picture.size, *self.smallest))
         return to_tensor(picture), int(self.labels[index])
 
 

@@ -5,12 +5,12 @@
     python eval_tokenizer.py --tokenizer runs/tokenizer --data glyphs:2000 --size 32       # own run, built-in pictures
     python eval_tokenizer.py --tokenizer 256_L --data photos --size original --save-pictures rebuilt     # of any sizes
 
-Every picture is resized and centre-cropped to --size, encoded and decoded. Out come, with the protocol behind them:
-rFID, PSNR and SSIM (each plain, and as published), LPIPS with VGG and with AlexNet, the share of the 2^K codes that
-occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above reconstruction)."""
+Every picture is resized and centre-cropped to --size (or only padded: original), encoded and decoded. Out come, with
+the protocol behind them: rFID, PSNR and SSIM (each plain, and as published), LPIPS with VGG and with AlexNet, the share
+of the 2^K codes that occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above
+reconstruction)."""
 
 import math
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -22,13 +22,14 @@ import runtime
 from fid import float64, frechet_distance, gather_rows, moments, psnr, readable_batches, report, ssim
 from inception import load_inception, weights_in_words
 from losses import load_lpips
+from page import LIMIT, write_page
 from runtime import UserError, at_least
 from tokenizer import load_tokenizer
 
 NUMBERS = ["pictures", "rFID", "PSNR", "PSNR published", "SSIM", "SSIM published", "LPIPS VGG", "LPIPS AlexNet"]
 NUMBERS += ["codebook use", "bits per pixel"]
 PUBLISHED_BATCH = 4  # the published PSNR is taken over mini-batches of so many pictures; at original size of one
-SMALLEST = {"SSIM": 7, "LPIPS VGG": 16, "LPIPS AlexNet": 31}  # side in pixels of pictures that have one
+SMALLEST = {"SSIM": 7, "LPIPS VGG": 16, "LPIPS AlexNet": 31}  # side, in pixels, of a picture that has one
 
 
 def side(text):
@@ -40,8 +41,7 @@ def parse(argv=None):
     add = arguments.add_argument_group("protocol").add_argument
     add("--tokenizer", required=True, help="256_L, 128_L, a released or own file, or a run's folder")
     add("--data", default="glyphs:5000", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
-    size = "side of the crops, pixels, a multiple of the tokenizer's factor; or 'original': no resize, no crop, batch 1"
-    add("--size", type=side, default=256, help=size)
+    add("--size", type=side, default=256, help="side of the crops, pixels; or 'original': no resize, no crop, batch 1")
     add("--raw", action="store_true", help="the training weights, not their moving average")
     add("--rounding", action="store_true", help="round to uint8 for PSNR and SSIM; published: truncate")
     add("--precision", default="fp32", help="of the tokenizer: fp32, bf16 or fp16; the metrics stay in fp32")
@@ -52,6 +52,7 @@ def parse(argv=None):
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/eval", help="folder for metrics.json, config.json and reconstructions.png")
     add("--save-pictures", metavar="FOLDER", help="write every reconstruction there, a PNG named as its original")
+    add("--html", nargs="?", const="", metavar="PAGE", help="show pairs on a page; default: OUT/reconstructions.html")
     add = arguments.add_argument_group("speed (changes no number)").add_argument
     add("--batch", type=at_least(1), default=16, help="pictures a device at once")
     add("--workers", type=at_least(0), default=2, help="loader processes per device")
@@ -85,28 +86,16 @@ def finite_mean(values, what):
 def rebuild(tokenizer, x):
     """Images (B, 3, H, W) in [-1, 1], of any size -> (y of the same size, unclamped, indices (B, h, w)). Zeros (mid
     grey) pad x to a multiple of the tokenizer's factor, half of them (rounded down) left and top, and are cut off y."""
-    height, width = x.shape[2:]
-    rows, columns = -height % tokenizer.factor, -width % tokenizer.factor
-    top, left = rows // 2, columns // 2
-    y, indices, _ = tokenizer(pad(x, (left, columns - left, top, rows - top)))
+    (height, width), f = x.shape[2:], tokenizer.factor
+    top, left = -height % f // 2, -width % f // 2
+    y, indices, _ = tokenizer(pad(x, (left, -(left + width) % f, top, -(top + height) % f)))
     return y[:, :, top : top + height, left : left + width], indices
-
-
-def png_names(names):
-    """The names of files, each with .png in the place of its suffix; behind it, where two would share a name."""
-    names, whole, shared = list(names), set(), True
-    while shared:  # again: a whole name may be another one's short name
-        found = [(name if name in whole else os.path.splitext(name)[0]) + ".png" for name in names]
-        times = Counter(found)
-        shared = {name for name, png in zip(names, found) if times[png] > 1} - whole
-        whole |= shared
-    return found
 
 
 @torch.no_grad()
 def measure(rt, args, tokenizer, pictures, inception, perceptual, keep=None):
-    """Run all pictures through, every rank its share. perceptual: {name of the number: LPIPS}. keep: called on each
-    rank with each picture's index and its reconstruction, uint8 (3, H, W).
+    """Run all pictures through, every rank its share. perceptual: {name of the number: LPIPS}. keep: called with
+    each picture's index, the picture and its reconstruction, uint8 (3, H, W), and their PSNR, on the rank that has it.
     Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3, H, W): up
     to eight originals, then their reconstructions); None on the others."""
     rows, features_x, features_y, shown, tokens, pixels = [], [], [], None, 0, 0
@@ -126,14 +115,11 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual, keep=None):
             shown = torch.cat([images[:8], rebuilt[:8]]).cpu()
 
         original, published, scored = float64(images, published_original(batch.images, args.rounding), rebuilt)
-        columns = [psnr(original, scored), psnr(published, scored)]
-        none = torch.full_like(columns[0], math.inf)
-        fitting = [name for name, smallest in SMALLEST.items() if min(images.shape[2:]) >= smallest]
-        columns += [ssim(of, scored) if "SSIM" in fitting else none for of in (original, published)]
+        columns = [score(of, scored) for score in (psnr, ssim) for of in (original, published)]
         with runtime.exact_float32(rt.device):
-            distances = [lpips(x, y).flatten() if name in fitting else none for name, lpips in perceptual.items()]
-        rows.append(torch.stack(columns + float64(*distances), 1))  # (b, 4 + len(perceptual))
-        for picture in zip(batch.indices.tolist(), rebuilt) if keep else ():
+            columns += float64(*(lpips(x, y).flatten() for lpips in perceptual.values()))
+        rows.append(torch.stack(columns, 1))  # (b, 4 + len(perceptual))
+        for picture in zip(batch.indices.tolist(), images, rebuilt, columns[0].tolist()) if keep else ():
             keep(*picture)
         if inception:
             # As floats: the published rFID never passes through uint8.
@@ -156,10 +142,7 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual, keep=None):
     numbers["PSNR published"], notes["PSNR published"] = finite_mean(batches, f"mini-batches of {each}")
     notes["PSNR published"] += f"; mean over pictures {finite_mean(rows[:, 1], '')[0]:.4f}"
     for column, name in enumerate(["SSIM", "SSIM published", *perceptual], 2):
-        measured = rows[rows[:, column].isfinite(), column]
-        numbers[name] = measured.mean().item() if len(measured) else "not computed"
-        if small := len(rows) - len(measured):
-            notes[name] = f"{small} pictures are too small for it, and left out"
+        numbers[name] = rows[:, column].mean().item()
     numbers["codebook use"] = used / len(seen)
     notes["codebook use"] = f"{used} of {len(seen)} codes occur"
     numbers["bits per pixel"] = tokenizer.config.bits * tokens / pixels
@@ -188,12 +171,14 @@ def main():
     args.batch = args.batch if size else 1
     pictures = data.open_pictures(args.data, size, train=False, labelled=False)
     if args.save_pictures:
-        paths = [Path(args.save_pictures, name) for name in png_names(map(pictures.name, range(len(pictures))))]
+        names = [Path(args.save_pictures, pictures.name(index)) for index in range(len(pictures))]
+        short, whole = [name.with_suffix(".png") for name in names], [Path(f"{name}.png") for name in names]
+        times = Counter(short + whole)
+        paths = [png if times[png] == 1 else other for png, other in zip(short, whole)]
         folders, source = {path.parent.resolve() for path in paths}, Path(args.data).resolve()
         if any(folder.is_relative_to(source) for folder in folders):
             raise UserError(f"--save-pictures {args.save_pictures} would write below --data; give another folder")
     tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw).to(rt.device, memory_format=rt.layout)
-    pictures.smallest = tokenizer.factor + 1  # the decoder needs two tokens
     if size and size % tokenizer.factor:
         raise UserError(f"--size {size} is not a multiple of {tokenizer.factor}, this tokenizer's factor")
     absent, perceptual = {}, {}
@@ -204,22 +189,29 @@ def main():
     perceptual = {name: lpips.to(rt.device) for name, lpips in perceptual.items() if lpips}
     if inception:
         inception.to(rt.device)
+    smallest = max(SMALLEST[name] for name in ["SSIM", *perceptual])
+    pictures.smallest = smallest, max(smallest, tokenizer.factor + 1)  # the decoder needs two tokens
     out = runtime.open_run(rt, args.out, vars(args))
 
-    def keep(index, y):
+    entries = []
+
+    def keep(index, x, y, psnr):
         if args.save_pictures:
             paths[index].parent.mkdir(parents=True, exist_ok=True)
             with runtime.replacing(paths[index]) as file:
                 data.to_picture(y).save(file, "PNG")
+        if args.html is not None and index < LIMIT:
+            words = "given back exactly (PSNR infinite)" if psnr == math.inf else f"{psnr:.2f} dB"
+            entries.append((f"{pictures.name(index)}: {words}", [data.to_picture(x), data.to_picture(y)]))
 
     measured = measure(rt, args, tokenizer, pictures, inception, perceptual, keep)
+    entries = [entry for share in rt.gather(entries) for entry in share]  # in order
     if not rt.main:
         return
     numbers, notes, shown = measured
     numbers = {name: numbers.get(name, absent.get(name)) for name in NUMBERS}
-    shape = f"original size, zero padding to multiples of {tokenizer.factor} (cut off again), batch 1"
-    if size:
-        shape = f"short side resized to {size}, centre crop {size}x{size}"
+    shape = f"short side resized to {size}, centre crop {size}x{size}"
+    shape = shape if size else f"original size, zero padding to multiples of {tokenizer.factor} cut off again, batch 1"
     protocol = {
         "tokenizer": f"{args.tokenizer}, {'training weights' if args.raw else 'moving average where there is one'}",
         "pictures": f"{args.data}, {shape}",
@@ -232,6 +224,9 @@ def main():
     report(rt, numbers, notes, protocol)
     with runtime.replacing(out / "reconstructions.png") as file:
         data.picture_grid(shown, columns=len(shown) // 2).save(file, "PNG")
+    if args.html is not None:
+        page = args.html or out / "reconstructions.html"
+        write_page(page, f"Rebuilt by {args.tokenizer}", entries, numbers["pictures"])
     numbers = {name: str(value) if value == math.inf else value for name, value in numbers.items()}
     runtime.write_json(out / "metrics.json", numbers | {"notes": notes, "protocol": protocol})
 

@@ -32,10 +32,8 @@ class Glyphs:
             raise UserError(f"'{source}' is not glyphs:COUNT:CLASSES, for instance glyphs:4000:ABCDEFGH")
         if len(set(classes)) < len(classes):
             raise UserError(f"the glyph classes {classes} name a letter twice")
-        if size is None:
-            raise UserError("glyphs are drawn to size, they have none of their own: give it in pixels")
-        if size < 16:
-            raise UserError(f"glyphs need an image size of at least 16, not {size}")
+        if size is None or size < 16:
+            raise UserError(f"glyphs need an image size of at least 16, not {size or 'original: they have none'}")
         self.classes = list(classes)
         self.labels = np.arange(int(count)) % len(classes)
 

@@ -29,6 +29,7 @@ import runtime
 from ar_model import AR_SIZES, RELEASED_AR, load_ar
 from checkpoint import changed_settings, hash_of, locate
 from data import picture_grid, to_uint8
+from page import write_page
 from runtime import UserError, at_least
 from tokenizer import RELEASED_TOKENIZERS, load_tokenizer
 
@@ -54,6 +55,7 @@ def parse(argv=None):
     add("--tokenizer", help="a file, a run folder, 128_L or 256_L; default: the one in the model's file")
     add("--out", required=True, help="X.png: a grid, a class a row; X.npz: uint8 (N, H, W, 3); or a folder")
     add("--classes", help=classes)
+    add("--html", nargs="?", const="", metavar="PAGE", help="show them on a page too; default: OUT.html")
     add = arguments.add_argument_group("how many").add_mutually_exclusive_group().add_argument
     add("--per-class", type=at_least(1), help="pictures a class; default: 8 in a grid, otherwise 50")
     add("--count", type=at_least(1), help="pictures in all")
@@ -126,10 +128,15 @@ def main():
     (made,) = rt.reduce([sum(map(len, todo))])
     seconds = time.perf_counter() - started
 
+    parts = [file for batch in batches for file in files_of(batch)]
+    if rt.main and (args.html is not None or kind != "folder") and not all(part.exists() for part in parts):
+        raise UserError(f"{work} lacks batches of other hosts; put --out where all hosts share a file system")
+    if rt.main and args.html is not None:
+        captions = (f"{i}: {names[label]}, --seed {args.seed}" for i, label in enumerate(labels))
+        opened = ([Image.open(part)] if kind == "folder" else map(Image.fromarray, np.load(part)) for part in parts)
+        entries = zip(captions, ([picture] for pictures in opened for picture in pictures))
+        write_page(args.html or f"{out}.html", f"Samples of {args.model}", entries, count)
     if rt.main and kind != "folder":  # one file out of the batches
-        parts = [file for batch in batches for file in files_of(batch)]
-        if not all(part.exists() for part in parts):
-            raise UserError(f"{work} lacks batches of other hosts; put --out where all hosts share a file system")
         if grid:
             write_grid(out, parts, count, rows=len(classes))
             rt.say("rows: " + ", ".join(names[label] for label in classes))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from golden_files import fill, load
+from pages import read_page
 from PIL import Image
 from scripts import fails_with_one_line, on_two_ranks, run
 
@@ -233,9 +234,9 @@ def test_pictures_of_any_size_are_padded_and_cut(sides):
 
 
 def odd_pictures(folder):
-    """Pictures of seven sizes and three modes; their names, in order. One has a name that is not UTF-8."""
+    """Pictures of five sizes and three modes; their names, in order. One has a name that is not UTF-8."""
     rng = np.random.default_rng(1)
-    shapes = {"a.png": (33, 40, 3), "a.webp": (40, 20, 4), "b/a.png": (7, 31), "b/c.png": (5, 9, 3), "b/d.png": (1, 3)}
+    shapes = {"a.png": (33, 40, 3), "a.webp": (40, 31, 4), "b/a.png": (32, 31)}
     shapes |= {os.fsdecode(b"caf\xe9.bmp"): (64, 32, 3), "z.png": (32, 35, 3)}
     for name, shape in shapes.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +251,7 @@ def test_original_size_on_two_processes(files, tmp_path):
     flags = ["--tokenizer", files.folder / "tokenizer.pt", "--data", tmp_path / "pictures", "--size", "original"]
     flags += ["--batch", 5, "--workers", 0, "--inception", files.folder / "inception.pth"]
     flags += ["--lpips-vgg", files.folder / "vgg.pt", "--lpips-alex", files.folder / "alex.pt"]
-    flags += ["--save-pictures", tmp_path / "saved", "--out", tmp_path / "out"]
+    flags += ["--save-pictures", tmp_path / "saved", "--out", tmp_path / "out", "--html"]
     words = run("eval_tokenizer.py", *flags, processes=2).stdout
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
 
@@ -265,26 +266,28 @@ def test_original_size_on_two_processes(files, tmp_path):
         saved = np.asarray(Image.open(tmp_path / "saved" / pngs[name]))
         assert np.array_equal(saved, y_uint8[0].permute(1, 2, 0)), name
         lower = image - ((image >= 1) & (image <= 95)).byte()
-        short = min(image.shape[1:])
         columns.append([-10 * math.log10(errors(of[None], y_uint8)[0]) for of in (image, lower)])
-        columns[-1] += [fid.ssim(of[None], y_uint8).item() if short >= 7 else math.nan for of in (image, lower)]
-        for network, smallest in (("vgg", 16), ("alex", 31)):
-            columns[-1].append(files.lpips[network](x, y).item() if short >= smallest else math.nan)
+        columns[-1] += [fid.ssim(of[None], y_uint8).item() for of in (image, lower)]
+        columns[-1] += [files.lpips[network](x, y).item() for network in ("vgg", "alex")]
         for points, z in zip(features, (x, y)):
             points.append(files.inception((z + 1) / 2, "half-pixel")[0].double())
         tokens, pixels = tokens + indices.numel(), pixels + image[0].numel()
-    assert sorted(path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*.*")) == sorted(
-        map(type(tmp_path), pngs.values())
-    )
+    saved = {str(path.relative_to(tmp_path / "saved")) for path in (tmp_path / "saved").rglob("*.*")}
+    assert saved == set(pngs.values())
+    entries, texts, _ = read_page(tmp_path / "out" / "reconstructions.html")
+    for name, (caption, (original, y_uint8)), column in zip(names, entries, columns, strict=True):
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        assert caption == f"{shown}: {column[0]:.2f} dB" and "5" in texts
+        assert np.array_equal(original, Image.open(tmp_path / "pictures" / name).convert("RGB"))
+        assert np.array_equal(y_uint8, Image.open(tmp_path / "saved" / pngs[name]))
     kinds = ["PSNR", "PSNR published", "SSIM", "SSIM published", "LPIPS VGG", "LPIPS AlexNet"]
-    for name, mean in zip(kinds, np.nanmean(columns, 0), strict=True):
+    for name, mean in zip(kinds, np.mean(columns, 0), strict=True):
         assert found[name] == pytest.approx(mean, rel=1e-5), name
     moments = [part for points in map(torch.cat, features) for part in (points.mean(0), torch.cov(points.T))]
     assert found["rFID"] == pytest.approx(fid.frechet_distance(*moments), rel=1e-5)
-    assert found["bits per pixel"] == 10 * tokens / pixels > 10 / 4 and found["pictures"] == 7
-    for note in ("mini-batches of 1;", "LPIPS AlexNet", "2 pictures are too small", "3 pictures are", "4 pictures are"):
-        assert note in words
-    assert "original size, zero padding to multiples of 2 (cut off again), batch 1" in words
+    assert found["bits per pixel"] == 10 * tokens / pixels > 10 / 4 and found["pictures"] == 5
+    assert "mini-batches of 1; mean over pictures" in words
+    assert "original size, zero padding to multiples of 2 cut off again, batch 1" in words
     assert json.loads((tmp_path / "out" / "config.json").read_text())["batch"] == 1
 
 
@@ -299,10 +302,32 @@ def test_saved_pictures_of_a_fixed_size(evaluate, files, tmp_path):
     assert note == f"dB, mean over mini-batches of 4; mean over pictures {(-10 * np.log10(error)).mean():.4f}"
 
 
-def test_names_of_saved_pictures():
-    names = ["a.png", "b.jpg", "b.png", "b.jpg.bmp", "c/b.jpg", "x.y.tif", "plain"]
-    expected = ["a.png", "b.jpg.png", "b.png.png", "b.jpg.bmp.png", "c/b.png", "x.y.png", "plain.png"]
-    assert eval_tokenizer.png_names(names) == expected
+def test_a_page_of_some_pairs(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_tokenizer, "LIMIT", 2)
+    monkeypatch.setattr(eval_tokenizer, "rebuild", lambda tokenizer, x: (x, torch.zeros(len(x), 16, 16).long()))
+    evaluate("--rounding", "--html", tmp_path / "x.html")
+    entries, texts, _ = read_page(tmp_path / "x.html")
+    assert [caption for caption, _ in entries] == [f"{i}.png: given back exactly (PSNR infinite)" for i in range(2)]
+    assert all(np.array_equal(*pair) for _, pair in entries) and "The first 2 of 6" in texts
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="could not write .*folder: Is a directory"):
+        evaluate("--html", tmp_path / "folder")
+
+
+def test_names_of_saved_pictures(evaluate, tmp_path):
+    names = ["a.png", "b.jpg", "b.png", "b.jpg.bmp", "c/b.jpg", "x.y.tif", "d/b.PNG"]
+    expected = ["a.png", "b.jpg.png", "b.png.png", "b.jpg.bmp.png", "c/b.png", "x.y.png", "d/b.png"]
+    for number, name in enumerate(names):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8 + number)).save(tmp_path / "d" / name)
+    for size, height in (("original", len(names)), (8, 0)):
+        saved = tmp_path / f"{size}"
+        evaluate("--data", tmp_path / "d", "--size", size, "--save-pictures", saved)
+        assert {str(path.relative_to(saved)) for path in saved.rglob("*.png")} == set(expected)
+        for number, name in enumerate(expected):
+            assert Image.open(saved / name).size == (8, 8 + min(number, height))
+    evaluate("--data", "glyphs:2", "--save-pictures", tmp_path / "glyphs")
+    assert sorted(os.listdir(tmp_path / "glyphs")) == ["glyph 0.png", "glyph 1.png"]
 
 
 def test_originals_are_never_written_over(evaluate, files, tmp_path):
@@ -317,17 +342,25 @@ def test_originals_are_never_written_over(evaluate, files, tmp_path):
     assert line == f"eval_tokenizer.py: cannot read or write {tmp_path / 'file'}: File exists"
 
 
-def test_a_picture_of_one_token_is_named_and_counted(tmp_path, evaluate):
-    flags = ["--data", tmp_path / "pictures", "--size", "original"]
-    odd_pictures(tmp_path / "pictures")
-    Image.new("L", (2, 1)).save(tmp_path / "pictures" / "dot.png")
-    with pytest.raises(UserError, match="dot.png .it has 2x1 pixels, too few for this tokenizer's decoder..; repair"):
+def test_pictures_too_small_for_a_measure_are_named_and_counted(tmp_path, evaluate, files, monkeypatch):
+    """Where one needs 7 pixels, 16 or 31, and the decoder two tokens."""
+    flags = ["--data", tmp_path / "d", "--size", "original"]
+    (tmp_path / "d").mkdir()
+    for width, height in [(7, 8), (6, 99), (15, 99), (16, 16), (30, 31), (31, 40)]:
+        Image.new("L", (width, height)).save(tmp_path / "d" / f"{width}.png")
+    monkeypatch.setattr(data, "BAD_SHARE", 1)
+    vgg, alex = ["--lpips-vgg", files.folder / "vgg.pt"], ["--lpips-alex", files.folder / "alex.pt"]
+    for more, count in ([], 5), (vgg, 3), (vgg + alex, 1):
+        found = evaluate(*flags, *more)
+        assert found["pictures"] == count and found["notes"]["pictures"] == f"{6 - count} unreadable ones left out"
+    monkeypatch.setattr(data, "BAD_SHARE", 0.01)
+    with pytest.raises(UserError, match="6.png .it is 6x99, smaller than 7x7..; repair"):
         evaluate(*flags)
-    for number in range(100):
-        Image.new("L", (3, 1)).save(tmp_path / "pictures" / f"{number}.png")
-    found = evaluate(*flags)
-    assert found["pictures"] == 107 and found["notes"]["pictures"] == "1 unreadable ones left out"
-    assert found["notes"]["SSIM"] == "102 pictures are too small for it, and left out"
+    large = Tokenizer(TokenizerConfig(32, (1, 1, 1, 1), 1, bits=10))  # by 8
+    torch.save({"kind": "tokenizer", "config": vars(large.config), "tokenizer": large.state_dict()}, tmp_path / "8.pt")
+    (tmp_path / "d" / "6.png").unlink()
+    with pytest.raises(UserError, match="7.png .it is 7x8, smaller than 7x9..; repair"):
+        evaluate(*flags, "--tokenizer", tmp_path / "8.pt")
 
 
 def test_what_the_user_gets_wrong(evaluate, files, tmp_path):
@@ -339,7 +372,7 @@ def test_what_the_user_gets_wrong(evaluate, files, tmp_path):
         (["--lpips-vgg", str(files.folder / "alex.pt")], "LPIPS weights"),
         (["--lpips-alex", "absent.pt"], "no file absent.pt"),
         (["--precision", "fp8"], "unknown precision"),
-        (["--size", "original", "--data", "glyphs:9"], "glyphs are drawn to size, they have none of their own"),
+        (["--size", "original", "--data", "glyphs:9"], "glyphs need an image size of at least 16, not original"),
     ]:
         with pytest.raises(UserError, match=words) as error:
             evaluate(*flags)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from pages import read_page
 from PIL import Image
 from scripts import fails_with_one_line, run
 
@@ -227,6 +228,37 @@ def test_grid(models, files, tmp_path, monkeypatch):
     assert Image.open(out).size == (8 * 10 - 2, 5 * 10 - 2)
     inside(monkeypatch, "--model", files["whole"], "--classes", "A,B", "--count", 3, "--out", out)
     assert (np.asarray(Image.open(out))[10:, 10:] == 230).all()
+
+
+def test_pages_show_what_the_other_outputs_hold(files, tmp_path, monkeypatch):
+    state = torch.load(files["whole"])
+    state["class_names"][2] = '<b>&"x'
+    torch.save(state, tmp_path / "model.pt")
+    flags = ["--model", tmp_path / "model.pt", "--classes", "2,B", "--seed", 7, "--batch", 3, "--preset", "paper"]
+    flags += ["--count", 6, "--html"]
+    for out in ("a.npz", "b.png", "c"):
+        inside(monkeypatch, *flags, "--out", tmp_path / out)
+    truth = np.load(tmp_path / "a.npz")["arr_0"]
+    names = ['<b>&"x', "B"] * 3
+    for out in ("a.npz", "b.png", "c"):
+        entries, texts, _ = read_page(tmp_path / f"{out}.html")
+        assert [caption for caption, _ in entries] == [f"{i}: {name}, --seed 7" for i, name in enumerate(names)]
+        np.testing.assert_array_equal([picture for _, (picture,) in entries], truth)
+        assert "6" in texts
+    # Of another place, and of pictures that were there before; of some of them.
+    monkeypatch.setattr("page.LIMIT", 4)
+    inside(monkeypatch, *flags, tmp_path / "page.html", "--out", tmp_path / "c")
+    entries, texts, _ = read_page(tmp_path / "page.html")
+    np.testing.assert_array_equal([picture for _, (picture,) in entries], truth[:4])
+    assert "The first 4 of 6" in texts
+
+
+def test_a_page_that_cannot_be_written_loses_no_picture(files, tmp_path):
+    (tmp_path / "folder").mkdir()
+    flags = ["--model", files["whole"], "--count", 2, "--out", tmp_path / "x.npz"]
+    line = fails_with_one_line("sample.py", *flags, "--html", tmp_path / "folder")
+    assert line.startswith(f"sample.py: could not write {tmp_path / 'folder'}: Is a directory")
+    assert "(2 were there already)" in run("sample.py", *flags).stdout
 
 
 def test_a_tokenizer_of_ones_own(files, tmp_path, monkeypatch):
