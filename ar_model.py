@@ -23,7 +23,7 @@ from torch import nn
 
 import fast
 from checkpoint import entries_of, locate, read_weights
-from lfq import merge_indices
+from lfq import merge_indices, split_indices
 from runtime import UserError, reading, to_device
 from tokenizer import HUB, entries_under, model_from_entries, own_tokenizer, tokenizer_from_entries
 
@@ -245,13 +245,14 @@ class ARTransformer(nn.Module):
     @torch.no_grad()
     def generate(
         self, class_labels, cfg_scale=(1.0, 1.0), temperature=(1.0, 1.0), top_k=(0, 0), top_p=(1.0, 1.0),
-        seeds=None, max_tokens=None,
+        seeds=None, max_tokens=None, given=None,
     ):  # fmt: skip
         """Draw images' tokens, with classifier-free guidance; always in eval mode.
         class_labels: (B,) in 0..num_classes. Every option is a pair (pre, post): `cfg_scale`, where (1, 1) is no
         guidance and runs no null branch; `temperature` > 0; `top_k`, 0 is off; `top_p` in (0, 1], 1 is off. seeds: one
         integer an image (0..B-1 where None); an image is a function of its seed, class and options, not of its batch.
-        max_tokens: stop after so many (grid^2 where None).
+        max_tokens: stop after so many (grid^2 where None). given: the images' first tokens, merged indices (B, n)
+        int64, n up to max_tokens, in raster order: they are kept, and the rest is drawn.
         Returns merged indices (B, max_tokens) int64. Raises UserError for options out of range."""
         config, device = self.config, self.norm.weight.device
         tokens = config.grid**2 if max_tokens is None else max_tokens
@@ -266,16 +267,21 @@ class ARTransformer(nn.Module):
         options = [SubTokenOptions(*part) for part in zip(cfg_scale, temperature, top_k, top_p)]
         if len(options) != 2 or not all(abs(s) <= 1e3 >= t >= 1e-3 and k >= 0 and 0 < p <= 1 for s, t, k, p in options):
             raise UserError("pairs of cfg_scale up to 1000, temperature 0.001 to 1000, top_k from 0, 0 < top_p <= 1")
+        given = torch.zeros(len(class_labels), 0, dtype=torch.int64) if given is None else given
+        bits, fits = sum(config.factorized_bits), given.shape[:-1] == class_labels.shape and given.shape[-1] <= tokens
+        if not fits or given.dtype != torch.int64 or (given >> bits).any():
+            raise UserError(f"given tokens must be int64 ({len(class_labels)}, up to {tokens}), 0 to {2**bits - 1}")
         # Draws are made in float64, which accelerators but CUDA's lack.
         dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
         uniforms = to_device(image_uniforms(seeds, config.grid**2).to(dtype), device)
         labels = class_labels.to(device, non_blocking=True)
+        given = torch.stack(split_indices(given.to(device), config.factorized_bits), dim=-1)  # (B, n, 2)
         if any(scale != 1 for scale in cfg_scale):  # one batch: the images' classes, then as many null classes
             labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
         was_training = self.training
         self.eval()
         try:
-            sub_tokens, logits = draw_tokens(self, labels, uniforms, options, tokens)
+            sub_tokens, logits = draw_tokens(self, labels, uniforms, options, tokens, given)
         finally:
             self.train(was_training)
         if not all(part.isfinite().all() for part in logits):  # what overflows once stays in the cache
@@ -306,10 +312,10 @@ class SubTokenOptions(NamedTuple):
 
 
 @fast.path("decode.draw_tokens")
-def draw_tokens(model, labels, uniforms, options, tokens):
+def draw_tokens(model, labels, uniforms, options, tokens, given):
     """Draw B images' tokens, one after the other. Nothing in here waits for the device.
-    labels (rows,), uniforms (B, grid^2, 2), options: the two sub-tokens' `SubTokenOptions`. Returns the sub-tokens (B,
-    tokens, 2) int64, and the two logits (rows, V) of the last token."""
+    labels (rows,), uniforms (B, grid^2, 2), options: the two sub-tokens' `SubTokenOptions`; given: the first sub-tokens
+    (B, n, 2). Returns the sub-tokens (B, tokens, 2) int64, and the two logits (rows, V) of the last token."""
     rotary, config, drawn = model.rotary(), model.config, []
     x = model.class_emb["embedding_table"](labels)[:, None]  # (rows, 1, d)
     shape = (config.spatial_layers, 2, len(labels), config.heads, tokens, config.head_width)
@@ -323,7 +329,8 @@ def draw_tokens(model, labels, uniforms, options, tokens):
             for block in model.factorized_blocks:
                 y = block(y)
             logits.append(model.head[part](model.norm(y[:, -1])).float())  # (rows, V)
-            sub_tokens.append(draw(options[part].adjust(logits[part], len(uniforms)), uniforms[:, t, part]))  # (B,)
+            adjusted = options[part].adjust(logits[part], len(uniforms))  # (B, V)
+            sub_tokens.append(given[:, t, part] if t < given.shape[1] else draw(adjusted, uniforms[:, t, part]))  # (B,)
             # Both branches of guidance go on from the token drawn.
             embedded = embedding(sub_tokens[part]).repeat(len(x) // len(uniforms), 1)  # (B, d) -> (rows, d)
             elements = torch.cat([elements, embedded[:, None]], dim=1)

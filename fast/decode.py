@@ -16,13 +16,13 @@ import triton.language as tl
 _decoders = weakref.WeakKeyDictionary()  # the last Decoder of each model, for as long as the model lives
 
 
-def draw_tokens_takes(model, labels, uniforms, options, tokens):
+def draw_tokens_takes(model, labels, uniforms, options, tokens, given):
     """A GPU, and a head width that is a power of 2 from 16."""
     width = model.config.head_width
     return model.norm.weight.is_cuda and width >= 16 and width & (width - 1) == 0
 
 
-def draw_tokens(model, labels, uniforms, options, tokens):
+def draw_tokens(model, labels, uniforms, options, tokens, given):
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.norm.weight.dtype
     # Where the weights lie, too: a graph reads some of them there.
     places = tuple(parameter.data_ptr() for parameter in model.parameters())
@@ -31,7 +31,7 @@ def draw_tokens(model, labels, uniforms, options, tokens):
         forget(model)  # the old one's memory goes before the new one's comes
         _decoders[model] = Decoder(model, len(labels), len(uniforms), options, dtype, key)
     decoder = _decoders[model]
-    return decoder.draw(labels, uniforms, tokens), decoder.logits
+    return decoder.draw(labels, uniforms, tokens, given), decoder.logits
 
 
 def forget(model):
@@ -120,8 +120,8 @@ def _draw(
     PART: tl.constexpr, GUIDE: tl.constexpr, TWICE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Guidance, temperature and the draw by inverse CDF, in float64, as `ar_model.draw`; a program an image.
-    logits (rows, V); uniforms (B, N, 2); the sub-token goes to drawn (2, B, N). The next input of the image's rows goes
-    to x (rows, d): after pre its embedding, after post the sum of both."""
+    logits (rows, V); uniforms (B, N, 2); the sub-token goes to drawn (2, B, N), unless one is given there (not -1). The
+    next input of the image's rows goes to x (rows, d): after pre its embedding, after post the sum of both."""
     image = tl.program_id(0)
     here = tl.load(position)
     v = tl.arange(0, V)
@@ -134,8 +134,10 @@ def _draw(
     likelihood = likelihood / tl.sum(likelihood)
     cumulative = tl.where(likelihood > 0, tl.cumsum(likelihood), 0.0)
     passes = (cumulative > tl.load(uniforms + (image * length + here) * 2 + PART)) | (cumulative == tl.max(cumulative))
-    found = tl.min(tl.where(passes, v, V))
-    tl.store(drawn + (PART * images + image) * length + here, found)
+    place = drawn + (PART * images + image) * length + here
+    given = tl.load(place)
+    found = tl.where(given >= 0, given, tl.min(tl.where(passes, v, V)))
+    tl.store(place, found)
     i = tl.arange(0, BLOCK)
     mask = i < width
     if PART == 0:
@@ -145,8 +147,7 @@ def _draw(
         following = tl.load(pre + before * width + i, mask, 0.0)
         following += tl.load(post + found * width + i, mask, 0.0)
     for branch in tl.static_range(2 if TWICE else 1):  # both branches of guidance go on from the token drawn
-        place = (branch * images + image) * width + i
-        tl.store(x + place, following, mask)
+        tl.store(x + (branch * images + image) * width + i, following, mask)
 
 
 @triton.jit
@@ -256,8 +257,8 @@ class Decoder:
             num_warps=8,
         )  # fmt: skip
 
-    def draw(self, labels, uniforms, tokens):
-        """labels (rows,), uniforms (B, N, 2) float64 -> sub-tokens (B, tokens, 2)."""
+    def draw(self, labels, uniforms, tokens, given):
+        """labels (rows,), uniforms (B, N, 2) float64, given (B, n, 2) -> sub-tokens (B, tokens, 2)."""
         if self.graph is None:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -273,6 +274,8 @@ class Decoder:
             torch._foreach_copy_(self.heads, [head.weight for head in self.head])
         self.uniforms.copy_(uniforms)
         self.x.copy_(self.class_table["embedding_table"](labels))
+        self.drawn.fill_(-1)  # to be drawn
+        self.drawn[:, :, : given.shape[1]] = given.permute(2, 0, 1)
         self.position.zero_()
         for _ in range(tokens):
             self.graph.replay()

@@ -340,6 +340,53 @@ def test_cached_generation_equals_full_forward_passes(setting, monkeypatch):
         assert relative(fast, slow) < 1e-5
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_its_own_first_tokens_given_a_model_draws_the_same_image(setting):
+    model, options = tiny(), {"seeds": [3, 4, 5], **SETTINGS[setting]}
+    labels = torch.tensor([1, 7, 10])
+    whole = model.generate(labels, **options)
+    for n in (0, 1, 8, 16):
+        assert torch.equal(model.generate(labels, **options, given=whole[:, :n]), whole)
+    assert torch.equal(model.generate(labels, **options, given=whole[:, :3], max_tokens=5), whole[:, :5])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@torch.no_grad()
+def test_what_follows_given_tokens_is_that_of_full_forward_passes(setting):
+    """Each sub-token drawn is the one that teacher forcing's logits give for its uniform; tokens of no likelihood at
+    all are kept as they are."""
+    model, labels, seeds, n = tiny(), torch.tensor([1, 7]), [11, 12], 6
+    options = SETTINGS[setting]
+    given = torch.randint(2**18, (2, n), generator=torch.Generator().manual_seed(0))
+    drawn = model.generate(labels, **options, seeds=seeds, given=given)
+    assert torch.equal(drawn[:, :n], given) and drawn.dtype == torch.int64 and drawn.shape == (2, 16)
+    assert not torch.equal(drawn[:, n:], model.generate(labels, **options, seeds=seeds)[:, n:])
+    uniforms = [torch.rand(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    sub_indices, null = [drawn % 64, drawn // 64], torch.full_like(labels, 10)
+    for part, (cond, uncond) in enumerate(zip(model(sub_indices, labels), model(sub_indices, null), strict=True)):
+        logits = uncond + options.get("cfg_scale", (1.0, 1.0))[part] * (cond - uncond)
+        offs = {"temperature": (1.0, 1.0), "top_k": (0, 0), "top_p": (1.0, 1.0)} | options
+        rest = [offs[name][part] for name in ("temperature", "top_k", "top_p")]
+        for image in range(2):
+            for t in range(n, 16):
+                truth = numpy_draw(logits[image, t], uniforms[image][t, part].item(), *rest)
+                assert truth == sub_indices[part][image, t]
+
+
+@torch.no_grad()
+def test_a_token_drawn_after_given_ones_has_the_models_distribution():
+    model, n, images = tiny(), 3, 600
+    given = torch.randint(2**18, (1, n), generator=torch.Generator().manual_seed(0))
+    label = torch.tensor([4])
+    drawn = model.generate(label.repeat(images), given=given.repeat(images, 1), max_tokens=n + 1)[:, n]
+    shown = [torch.cat([part, part[:, :1]], 1) for part in (given % 64, given // 64)]  # the last is not looked at
+    likelihood = model(shown, label)[0][0, n].double().softmax(-1)
+    counts, due = (drawn % 64).bincount(minlength=64), likelihood * images
+    often = due >= 5
+    counts, due = (torch.cat([x[often], x[~often].sum()[None]]) for x in (counts, due))
+    assert scipy.stats.chisquare(counts, due).pvalue > 1e-3
+
+
 @pytest.mark.parametrize("scale, rows", [((1.0, 1.0), 3), ((1.0, 2.0), 6)])
 def test_the_null_branch_runs_only_under_guidance(scale, rows):
     model, seen = tiny(), []
@@ -394,8 +441,9 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite():
     for name in ("head.0.weight", "spatial_blocks.0.attention.wo.weight"):
         model = tiny()
         model.get_parameter(name).data.view(-1)[:] = 3e38
-        with pytest.raises(UserError, match="logits are not finite"):
-            model.generate(torch.tensor([1]), max_tokens=3)
+        for given in (None, torch.tensor([[5, 6]]), torch.tensor([[5, 6, 7]])):
+            with pytest.raises(UserError, match="logits are not finite"):
+                model.generate(torch.tensor([1]), max_tokens=3, given=given)
 
 
 def test_generation_under_autocast(monkeypatch):
@@ -480,6 +528,14 @@ def test_draws_have_the_right_distribution():
         ({"class_labels": torch.tensor([0, 11])}, "class labels must be 0 to 10"),
         ({"class_labels": torch.tensor([-1, 0])}, "class labels"),
         ({"class_labels": torch.zeros(0, dtype=torch.int64)}, "0 images need .* at least one"),
+        ({"given": torch.zeros(2, 3)}, r"given tokens must be int64 \(2, up to 16\)"),
+        ({"given": torch.zeros(3, 3, dtype=torch.int64)}, "given"),
+        ({"given": torch.zeros(2, dtype=torch.int64)}, "given"),
+        ({"given": torch.tensor(0)}, "given"),
+        ({"given": torch.zeros(2, 17, dtype=torch.int64)}, "given"),
+        ({"given": torch.zeros(2, 5, dtype=torch.int64), "max_tokens": 4}, r"\(2, up to 4\)"),
+        ({"given": torch.tensor([[0], [2**18]])}, "0 to 262143"),
+        ({"given": torch.tensor([[0], [-1]])}, "0 to 262143"),
     ],
 )
 def test_options_out_of_range(options, word):

@@ -287,6 +287,24 @@ def test_graph_draws_what_the_plain_code_draws(options, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": (1.9, 2.0)}, {"cfg_scale": (0.0, 2.0), "top_k": (5, 0)}])
+def test_graph_goes_on_from_given_tokens_as_the_plain_code(options, monkeypatch):
+    """Also in a graph's first call, in which it is captured; and a call without given tokens draws all of them."""
+    model, _ = golden_transformer("gpt_tiny", TINY)
+    labels, seeds = torch.arange(7, device=GPU), range(7)
+    given = torch.randint(2**18, (7, 6), generator=torch.Generator().manual_seed(0))
+    after_given = model.generate(labels, seeds=seeds, given=given, **options)
+    assert torch.equal(after_given[:, :6].cpu(), given)
+    whole = model.generate(labels, seeds=seeds, **options)
+    for n in (1, 8, 16):
+        assert torch.equal(model.generate(labels, seeds=seeds, given=whole[:, :n], **options), whole)
+    assert torch.equal(model.generate(labels, seeds=seeds, given=given.to(GPU), **options), after_given)
+    monkeypatch.setattr(fast, "ON", False)
+    assert torch.equal(model.generate(labels, seeds=seeds, given=given, **options), after_given)
+    assert torch.equal(model.generate(labels, seeds=seeds, **options), whole)
+
+
+@pytest.mark.gpu
 @torch.no_grad()
 def test_bfloat16_graph_keeps_the_distribution():
     """The graph's bf16 logits against float32 teacher forcing over the tokens drawn: 2,048 of AR-B, guided."""
@@ -297,7 +315,8 @@ def test_bfloat16_graph_keeps_the_distribution():
     options = [SubTokenOptions(scale, 1.0, 0, 1.0) for scale in scales]
     decoder = Decoder(model, 2 * images, images, options, torch.bfloat16, None)
     labels = torch.cat([torch.arange(images, device=GPU) * 100, torch.full((images,), 1000, device=GPU)])
-    decoder.draw(labels, image_uniforms(range(images), 256).to(GPU), 1)
+    none_given = torch.zeros(images, 0, 2, dtype=torch.int64, device=GPU)
+    decoder.draw(labels, image_uniforms(range(images), 256).to(GPU), 1, none_given)
     decoder.x.copy_(model.class_emb["embedding_table"](labels))
     decoder.position.zero_()
     steps = []
