@@ -3,11 +3,13 @@
     python sample.py --model runs/ar --out samples.png                 # a class a row, 8 pictures each
     python sample.py --model B --classes 207,88,985 --out samples.png
     torchrun --nproc_per_node=8 sample.py --model B --out samples.npz  # 50,000 pictures, the paper's settings
+    python sample.py --model B --given photos --out completed.png      # keeps their upper halves, draws the lower ones
 
-The kind of output follows from --out: `.png`, `.npz`, or else a folder. Picture i shows class i modulo the number of
-classes asked for and is a function of --seed and i, whatever the number of processes. After a stop, the same command
-makes what is missing. Settings are saved with the pictures: FOLDER/config.json, OUT.json. Sampling follows Open-MAGVIT2
-(arXiv 2409.04410): classifier-free guidance with a scale for each sub-token."""
+The kind of output follows from --out: `.png`, `.npz`, or else a folder. With K classes and M given pictures, picture i
+shows class i % K, goes on from given picture i // K % M, and is a function of --seed and i, whatever the number of
+processes. After a stop, the same command makes what is missing. Settings are saved with the pictures:
+FOLDER/config.json, OUT.json. Sampling follows Open-MAGVIT2 (arXiv 2409.04410): classifier-free guidance with a scale
+for each sub-token."""
 
 import json
 import os
@@ -28,7 +30,7 @@ from tqdm import tqdm
 import runtime
 from ar_model import AR_SIZES, RELEASED_AR, load_ar
 from checkpoint import changed_settings, hash_of, locate
-from data import picture_grid, to_uint8
+from data import identity, open_pictures, picture_grid, read_batch, to_float, to_uint8
 from page import write_page
 from runtime import UserError, at_least
 from tokenizer import RELEASED_TOKENIZERS, load_tokenizer
@@ -53,11 +55,13 @@ def parse(argv=None):
     add = arguments.add_argument_group("what").add_argument
     add("--model", required=True, help="transformer: a file, a run folder, or B, L, XL (downloaded)")
     add("--tokenizer", help="a file, a run folder, 128_L or 256_L; default: the one in the model's file")
+    add("--given", help="pictures to go on from: a folder, or glyphs[:COUNT[:CLASSES]]; in a grid, a column each")
+    add("--given-rows", type=at_least(1), help="upper rows of their tokens to keep; default: half of them")
     add("--out", required=True, help="X.png: a grid, a class a row; X.npz: uint8 (N, H, W, 3); or a folder")
     add("--classes", help=classes)
     add("--html", nargs="?", const="", metavar="PAGE", help="show them on a page too; default: OUT.html")
     add = arguments.add_argument_group("how many").add_mutually_exclusive_group().add_argument
-    add("--per-class", type=at_least(1), help="pictures a class; default: 8 in a grid, otherwise 50")
+    add("--per-class", type=at_least(1), help="pictures a class; default: those of --given, or 8 in a grid, else 50")
     add("--count", type=at_least(1), help="pictures in all")
     add = arguments.add_argument_group("sampling (pairs: for the pre and the post sub-token)").add_argument
     add("--preset", choices=["paper", "show"], help=presets)
@@ -88,15 +92,22 @@ def main():
     defaults = PRESETS["show" if preset == "show" else paper_size(model.config.width)]
     options = {name: getattr(args, name) or pair for name, pair in defaults.items()}
     classes = choose_classes(args.classes, model.class_names, len(names), spread=grid)
-    count = args.count or (args.per_class or (8 if grid else 50)) * len(classes)
+    photos = open_pictures(args.given, side, train=False, labelled=False) if args.given else []
+    count = args.count or (args.per_class or len(photos) or (8 if grid else 50)) * len(classes)
+    rows = (args.given_rows or max(1, model.config.grid // 2)) if args.given else 0
+    if rows > model.config.grid or (args.given_rows and not args.given):
+        raise UserError(f"--given-rows goes with --given, up to {model.config.grid}, the rows of this model's tokens")
     batch_size = args.batch or (50 if rt.device.type == "cpu" else BATCH)
     chosen = f"all {len(names)}" if classes == list(range(len(names))) else ",".join(map(str, classes))
     settings = {**files, "classes": chosen, "count": count, "size": f"{side}x{side}"}
     settings |= {name: list(pair) for name, pair in options.items()}
     settings |= {"seed": args.seed, "batch": batch_size, "precision": precision, "rounding": args.rounding}
+    settings |= {"given": args.given, "given_hash": args.given and identity(photos), "given_rows": rows}
     work = out if kind == "folder" else Path(f"{out}.parts")  # each batch goes there as soon as it is made
     if rt.main:
         refuse_others(work, settings)
+    needed = min(len(photos), (count - 1) // len(classes) + 1)
+    given = encode_given(rt, tokenizer, photos, needed, rows) if args.given else torch.zeros(1, 0, dtype=torch.int64)
     runtime.open_run(rt, work, settings)
 
     # Batches, shared out over ranks. They are the same whatever the number of ranks, so that rounding is too.
@@ -117,8 +128,9 @@ def main():
         writing = writer.submit(lambda: None)  # nothing yet
         for batch in tqdm(todo, unit="batch", disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True):
             seeds = [runtime.seed_of(args.seed, i) for i in batch]
+            first_tokens = given[[i // len(classes) % len(given) for i in batch]]
             with runtime.autocast(rt.device, precision):
-                images = draw(model, tokenizer, [labels[i] for i in batch], options, seeds)
+                images = draw(model, tokenizer, [labels[i] for i in batch], options, seeds, first_tokens)
             pictures = to_uint8(images, args.rounding).movedim(1, -1).to("cpu", non_blocking=True)  # (B, H, W, 3)
             copied = torch.get_device_module(rt.device).Event()  # torch.Event: not with every torch_npu
             copied.record()
@@ -150,9 +162,25 @@ def main():
 
 
 @torch.no_grad()
-def draw(model, tokenizer, labels, options, seeds):
-    """Pictures (B, 3, H, W) in about [-1, 1] of B labels, each drawn from its own seed."""
-    indices = model.generate(torch.tensor(labels), **options, seeds=seeds)
+def encode_given(rt, tokenizer, photos, count, rows):
+    """Tokens (count, rows * w) of the upper rows of the first `count` photos, on the CPU; ranks share the work out."""
+    tokens, failure = torch.zeros(count, rows * photos.shape[1] // tokenizer.factor, dtype=torch.int64), None
+    for index in range(rt.rank, count, rt.world):
+        # One by one: in batches that depend on the number of ranks, rounding might turn a code.
+        images, _, _, unreadable = read_batch(photos, [(0, index)])
+        if unreadable:
+            failure = f"{photos.name(index)} of --given {photos.source} cannot be read: {unreadable[index]}"
+            break
+        tokens[index] = tokenizer.encode(to_float(torch.from_numpy(images).to(rt.device)))[0, :rows].flatten()
+    if failure := next(filter(None, rt.gather(failure)), None):
+        raise UserError(failure)
+    return rt.reduce(tokens)  # the sum: where one rank has a picture's tokens, the others have zeros
+
+
+@torch.no_grad()
+def draw(model, tokenizer, labels, options, seeds, given):
+    """Pictures (B, 3, H, W) in about [-1, 1] of B labels, each drawn from its own seed, after its given tokens."""
+    indices = model.generate(torch.tensor(labels), **options, seeds=seeds, given=given)
     return tokenizer.decode(indices.unflatten(1, (model.config.grid, -1)))  # (B, N) -> (B, h, w) -> pictures
 
 
@@ -225,7 +253,7 @@ def refuse_others(work, settings):
         with runtime.reading(config, "settings of sample.py"):
             before = json.loads(config.read_bytes())
             grown = {"count"} if before["count"] <= settings["count"] and "model_hash" in before else set()
-        changed = changed_settings(before, settings, {"model", "tokenizer"} | grown)
+        changed = changed_settings(before, settings, {"model", "tokenizer", "given"} | grown)
         if not changed:
             return
         reason = f"pictures of other settings ({changed})"

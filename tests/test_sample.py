@@ -11,6 +11,7 @@ from pages import read_page
 from PIL import Image
 from scripts import fails_with_one_line, run
 
+import data
 import runtime
 import sample
 from ar_model import ARConfig, ARTransformer
@@ -261,6 +262,129 @@ def test_a_page_that_cannot_be_written_loses_no_picture(files, tmp_path):
     assert "(2 were there already)" in run("sample.py", *flags).stdout
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with three pictures of the size that `models` make, one of them deeper; the same as a tensor."""
+    folder = tmp_path_factory.mktemp("photos")
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    (folder / "c").mkdir()
+    for name, image in zip(("a.png", "b.png", "c/c.png"), images):
+        Image.fromarray(image).save(folder / name)
+    return folder, torch.from_numpy(images).movedim(-1, 1)
+
+
+@torch.no_grad()
+def completed(models, photos, rows, labels, classes, batch, options, seed=0):
+    """As `expected`, going on from photos (M, 3, H, W): the tokens put together and decoded by hand."""
+    model, tokenizer = models
+    codes = torch.cat([tokenizer.encode(photo[None].float() / 127.5 - 1) for photo in photos])  # (M, 4, 4)
+    pictures = []
+    for start in range(0, len(labels), batch):
+        places = range(start, min(start + batch, len(labels)))
+        kept = codes[[i // classes % len(photos) for i in places], :rows]
+        seeds = [runtime.seed_of(seed, i) for i in places]
+        drawn = model.generate(torch.tensor([labels[i] for i in places]), **options, seeds=seeds, given=kept.flatten(1))
+        tokens = torch.cat([kept, drawn.view(-1, 4, 4)[:, rows:]], 1)
+        images = tokenizer.decode(tokens)
+        pictures.append((255 * (images.clamp(-1, 1) + 1) / 2).floor().byte().movedim(1, -1).numpy())
+    return np.concatenate(pictures)
+
+
+def test_going_on_from_given_pictures_is_the_same_from_one_process_and_two(
+    models, files, photos, tmp_path, monkeypatch
+):
+    folder, images = photos
+    flags = ["--model", files["whole"], "--classes", "cat,0", "--given", folder, "--batch", 4, "--seed", 5]
+    run("sample.py", *flags, "--count", 9, "--out", tmp_path / "two.npz", processes=2)
+    inside(monkeypatch, *flags, "--count", 9, "--out", tmp_path / "one.npz")
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    labels = [2, 3, 2, 3, 2, 3, 2, 3, 2]
+    truth = completed(models, images, 2, labels, 2, 4, PAPER_B, seed=5)
+    np.testing.assert_array_equal(np.load(tmp_path / "one.npz")["arr_0"], truth)
+    assert (truth != expected(models, labels, 4, PAPER_B, seed=5)).any((1, 2, 3)).all()
+    # A folder; left open, as many a class as there are pictures to go on from.
+    inside(monkeypatch, *flags, "--given-rows", 3, "--out", tmp_path / "folder")
+    made = sorted((tmp_path / "folder").glob("*.png"))
+    made = np.stack([np.asarray(Image.open(path)) for path in made])
+    np.testing.assert_array_equal(made, completed(models, images, 3, labels[:6], 2, 4, PAPER_B, seed=5))
+    settings = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert settings["given_rows"] == 3 and settings["given"] == str(folder) and len(settings["given_hash"]) == 64
+
+
+def test_a_grid_has_a_column_for_each_given_picture(tmp_path, monkeypatch):
+    """Built-in ones; and of more than are needed no other is read."""
+    torch.manual_seed(0)
+    model, tokenizer = ARTransformer(CONFIG).eval(), Tokenizer(TokenizerConfig(32, (1, 1, 1), 1)).eval()
+    for head in model.head:
+        torch.nn.init.normal_(head.weight, std=0.5)
+    state = {"config": dataclasses.asdict(tokenizer.config), "state": tokenizer.state_dict()}
+    content = {"kind": "ar", "config": dataclasses.asdict(CONFIG), "model": model.state_dict(), "class_names": NAMES}
+    torch.save({**content, "step": 1, "tokenizer": state}, tmp_path / "model.pt")
+    flags, out = ["--model", tmp_path / "model.pt", "--given-rows", 1], tmp_path / "grid.png"
+    inside(monkeypatch, *flags, "--given", "glyphs:3:AB", "--out", out)
+    glyphs = data.open_pictures("glyphs:3:AB", 16, train=False)
+    images = torch.stack([glyphs[0, i][0] for i in range(3)])
+    sheet = np.asarray(Image.open(out))
+    assert sheet.shape == (5 * 18 - 2, 3 * 18 - 2, 3)
+    truth = completed((model, tokenizer), images, 1, [i % 5 for i in range(15)], 5, 50, SHOW)
+    for i, picture in enumerate(truth):
+        top, left = i % 5 * 18, i // 5 * 18
+        np.testing.assert_array_equal(sheet[top : top + 16, left : left + 16], picture)
+    read, read_batch = [], data.read_batch
+    monkeypatch.setattr(sample, "read_batch", lambda photos, at: read.extend(at) or read_batch(photos, at))
+    inside(monkeypatch, *flags, "--given", "glyphs:50000:AB", "--per-class", 3, "--out", tmp_path / "again.png")
+    assert read == [(0, 0), (0, 1), (0, 2)]
+    assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
+
+
+def test_a_run_goes_on_from_the_same_given_pictures_only(files, photos, tmp_path, monkeypatch, capsys):
+    folder, out = photos[0], tmp_path / "out"
+    flags = ["--model", files["whole"], "--classes", "A", "--count", 4, "--batch", 2, "--out", out]
+    inside(monkeypatch, *flags, "--given", folder)
+    (out / "000003_A.png").unlink()
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    others = shutil.copytree(folder, tmp_path / "others")
+    (others / "a.png").rename(others / "another.png")
+    for change, words in (
+        (["--given", others], "given of other contents"),
+        (["--given", folder, "--given-rows", 1], "--given-rows was 2, is 1"),
+        (["--given", folder, "--given-rows", 5], "--given-rows goes with --given, up to 4, the rows"),
+        ([], "--given-rows was 2, is 0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            inside(monkeypatch, *flags, *change)
+    capsys.readouterr()
+    inside(monkeypatch, *flags, "--given", moved)
+    assert "(2 were there already)" in capsys.readouterr().out
+
+
+def test_samples_from_before_given_pictures_go_on_without_them(files, photos, tmp_path, monkeypatch, capsys):
+    flags = ["--model", files["whole"], "--count", 4, "--batch", 2, "--out", tmp_path]
+    inside(monkeypatch, *flags)
+    (tmp_path / "000003_0.png").unlink()
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings = {name: value for name, value in settings.items() if not name.startswith("given")}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="--given-rows was False, is 2"):
+        inside(monkeypatch, *flags, "--given", photos[0])
+    capsys.readouterr()
+    inside(monkeypatch, *flags)
+    assert "(2 were there already)" in capsys.readouterr().out
+
+
+def test_an_unreadable_given_picture_ends_every_rank(files, photos, tmp_path, monkeypatch):
+    folder, out = shutil.copytree(photos[0], tmp_path / "photos"), tmp_path / "out.npz"
+    (folder / "b.png").write_bytes(b"no picture")
+    flags = ["--model", files["whole"], "--classes", "A", "--given", folder, "--out", out]
+    words = f"b.png of --given {folder} cannot be read: it is not a picture that Pillow reads"
+    assert fails_with_one_line("sample.py", *flags).startswith(f"sample.py: {words}")
+    lines = run("sample.py", *flags, processes=2, code=2).stderr.splitlines()  # which only the second one reads
+    assert [line.split(words)[0] for line in lines] == ["sample.py: ", "sample.py [rank 1]: "]
+    assert os.listdir(tmp_path) == ["photos"]
+    inside(monkeypatch, *flags, "--count", 1)  # it does not need that one
+    assert out.exists()
+
+
 def test_a_tokenizer_of_ones_own(files, tmp_path, monkeypatch):
     flags = ["--count", 3, "--rounding"]
     inside(monkeypatch, "--model", files["whole"], *flags, "--out", tmp_path / "a.npz")
@@ -350,6 +474,10 @@ def test_options_out_of_range(flags, word, monkeypatch, capsys):
         (["--model", "nowhere.pt"], "no file or folder nowhere.pt; released names: B, L, XL"),
         (["--out", "x.jpg"], "ending in .png or .npz"),
         (["--precision", "int8"], "unknown precision 'int8'"),
+        (["--given-rows", "2"], "--given-rows goes with --given, up to 4, the rows"),
+        (["--given", "glyphs:3"], "glyphs need an image size of at least 16, not 8"),
+        (["--given", "nowhere"], "no picture folder nowhere that can be read"),
+        (["--given", "."], "holds no pictures"),
     ],
 )
 def test_errors(flags, word, files, tmp_path, monkeypatch):
