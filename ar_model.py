@@ -25,7 +25,7 @@ import fast
 from checkpoint import entries_of, locate, read_weights
 from lfq import merge_indices, split_indices
 from runtime import UserError, reading, to_device
-from tokenizer import HUB, entries_under, model_from_entries, own_tokenizer, tokenizer_from_entries
+from tokenizer import RELEASED_AR, entries_under, model_from_entries, own_tokenizer, tokenizer_from_entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,6 @@ AR_SIZES = {
     "L": ARConfig(width=1280, heads=20, spatial_layers=36, intra_layers=3),
     "XL": ARConfig(width=1536, heads=24, spatial_layers=48, intra_layers=4),
 }
-
-RELEASED_AR = {n: f"{HUB}/Open-MAGVIT2-AR-{n}-256-resolution/resolve/main/AR_256_{n}.ckpt" for n in ("B", "L", "XL")}
 
 
 # --- The network. Module names are those of the released files. -------------------------------------------------------

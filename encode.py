@@ -36,7 +36,7 @@ def parse(argv=None):
     add("--seed", type=at_least(0), default=0, help="of the random crops; glyphs: another seed, other pictures")
     add("--workers", type=at_least(0), default=2, help="loader processes per device")
     add = arguments.add_argument_group("encoding").add_argument
-    add("--tokenizer", required=True, help="released name (256_L, 128_L), a tokenizer file, or a run's folder")
+    add("--tokenizer", required=True, help="released name (256_L; or B, for the one that B has), file, or run folder")
     add("--raw", action="store_true", help="the training weights instead of their moving average (EMA)")
     add("--batch", type=at_least(1), default=64, help="crops a device at once")
     # A code is the sign of a latent, and rounding turns some: another token, not a slightly different one.

@@ -39,7 +39,7 @@ def side(text):
 def parse(argv=None):
     arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("protocol").add_argument
-    add("--tokenizer", required=True, help="256_L, 128_L, a released or own file, or a run's folder")
+    add("--tokenizer", required=True, help="a name (256_L, pretrain_256_16384, ...), a file, or a run's folder")
     add("--data", default="glyphs:5000", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
     add("--size", type=side, default=256, help="side of the crops, pixels; or 'original': no resize, no crop, batch 1")
     add("--raw", action="store_true", help="the training weights, not their moving average")

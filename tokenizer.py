@@ -62,7 +62,10 @@ HUB = "https://huggingface.co/TencentARC"
 RELEASED_TOKENIZERS = {
     "128_L": f"{HUB}/Open-MAGVIT2-Tokenizer-128-resolution/resolve/main/imagenet_128_L.ckpt",
     "256_L": f"{HUB}/Open-MAGVIT2-Tokenizer-256-resolution/resolve/main/imagenet_256_L.ckpt",
+    "pretrain_256_16384": f"{HUB}/Open-MAGVIT2-Tokenizer-16384-Pretrain/resolve/main/pretrain256_16384.ckpt",
+    "pretrain_256_262144": f"{HUB}/Open-MAGVIT2-Tokenizer-262144-Pretrain/resolve/main/pretrain256_262144.ckpt",
 }
+RELEASED_AR = {n: f"{HUB}/Open-MAGVIT2-AR-{n}-256-resolution/resolve/main/AR_256_{n}.ckpt" for n in ("B", "L", "XL")}
 
 
 # --- The network. Module names are those of the released files. -------------------------------------------------------
@@ -226,13 +229,13 @@ class Tokenizer(nn.Module):
 
 # --- Reading files ----------------------------------------------------------------------------------------------------
 def load_tokenizer(path_or_name, ema=True):
-    """A Tokenizer in eval mode, on the CPU, from a released name ("256_L", "128_L"), a released tokenizer or
-    transformer file, this project's own file or run folder, or a bare state dict of any of these.
+    """A Tokenizer in eval mode, on the CPU, from a released name (of a tokenizer, "256_L", or a transformer, "B"), a
+    released tokenizer or transformer file, this project's own file or run folder, or a bare state dict of any of these.
 
     ema: the moving average of the weights, where the file has one; False: the training weights. A released transformer
     file carries the tokenizer that it was trained with, which is used as it stands. Raises UserError naming the file
     and the entries at fault; nothing is ever loaded in part."""
-    path = locate(path_or_name, RELEASED_TOKENIZERS)
+    path = locate(path_or_name, RELEASED_TOKENIZERS | RELEASED_AR)
     with reading(path, "a tokenizer file"):
         content = read_weights(path)
         if isinstance(content, dict) and content.get("kind") in ("tokenizer", "ar"):

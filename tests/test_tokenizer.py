@@ -1,12 +1,16 @@
+import dataclasses
 import pickle
 import warnings
-from dataclasses import asdict
 
 import pytest
 import torch
-from golden_files import checkpoint_keys, fill, load, relative
+from golden_files import checkpoint_keys, fill, load, named_tensor, relative
+from PIL import Image
+from scripts import run
 
+import ar_model
 import tokenizer as tk
+from ar_model import load_ar
 from runtime import UserError
 
 SIZES = {
@@ -15,6 +19,8 @@ SIZES = {
     "256_L": tk.TOKENIZER_SIZES["256_L"],
     "128_L": tk.TOKENIZER_SIZES["128_L"],
 }
+FILES = {name: address.rsplit("/", 1)[1] for name, address in tk.RELEASED_TOKENIZERS.items()}
+PRETRAINED = {"pretrain_256_16384": 14, "pretrain_256_262144": 18}
 
 
 def empty(config):
@@ -53,7 +59,7 @@ def released_file(path, size, change=None, container=True, **extra):
     """A file with a released file's entries: every tensor constant (and so small on disk), encoder and decoder 1, their
     moving average 2, all else 3."""
     entries = {}
-    for name, (shape, dtype) in checkpoint_keys(f"imagenet_{size}.ckpt").items():
+    for name, (shape, dtype) in checkpoint_keys(FILES[size]).items():
         value = 1 if name.startswith(("encoder.", "decoder.")) else 2 if name.startswith("model_ema.") else 3
         entries[name] = torch.full((1,), value, dtype=dtype).expand(shape) if shape else torch.tensor(value)
     if change:
@@ -74,6 +80,90 @@ def test_released_file(tmp_path, size, container):
         model = tk.load_tokenizer(path, ema=ema)
         assert model.config == tk.TOKENIZER_SIZES[size]
         assert values(model) == expected and not model.training
+
+
+def by_name(entries):
+    """Each entry a constant of its own, drawn by its name."""
+    for name, value in entries.items():
+        entries[name] = named_tensor(name, (1,) * bool(value.shape)).to(value.dtype).expand(value.shape)
+
+
+@pytest.mark.parametrize("name, bits", PRETRAINED.items())
+def test_pretrained_tokenizers(tmp_path, monkeypatch, name, bits):
+    """By their names, out of the hub's cache; every entry of the file is known, and goes to its own place."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / FILES[name]
+    path.parent.mkdir(parents=True)
+    released_file(path, name, by_name)
+    codes = 2**bits
+    file = f"Open-MAGVIT2-Tokenizer-{codes}-Pretrain/resolve/main/pretrain256_{codes}.ckpt"
+    assert tk.RELEASED_TOKENIZERS[name] == f"https://huggingface.co/TencentARC/{file}"
+    for ema in (True, False):
+        model = tk.load_tokenizer(name, ema=ema)
+        assert model.config == dataclasses.replace(tk.TOKENIZER_SIZES["256_L"], bits=bits)
+        for entry, value in model.state_dict().items():
+            due = named_tensor("model_ema." + entry.replace(".", "") if ema else entry, (1,))
+            assert torch.equal(value, due.expand(value.shape)), entry
+
+
+BLUR = "loss.discriminator.blocks.0.1."
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        (BLUR + "extra", f"entry {BLUR}extra is unexpected"),
+        ("loss.discriminator.blocks.3.0.weight", "blocks.3.0.weight is unexpected"),
+        # (the blur's kernel is no parameter, and has no average)
+        ("model_ema.lossdiscriminatorblocks01kernel", "entry lossdiscriminatorblocks01kernel is unexpected"),
+    ],
+)
+def test_a_foreign_entry_beside_the_other_discriminator(tmp_path, entry, words):
+    path = released_file(tmp_path / "x.ckpt", "pretrain_256_16384", lambda e: e.update({entry: torch.ones(3)}))
+    with pytest.raises(UserError, match=f"x.ckpt.*{words}"):
+        tk.load_tokenizer(path)
+
+
+def test_fourteen_bits_from_pictures_to_samples(tmp_path):
+    """As with pretrain_256_16384: a tokenizer of 14 bits, a transformer of 6 + 8, samples."""
+    flags = "--data glyphs:40:AB --size 16 --bits 14 --steps 2 --global-batch 8 --micro-batch 8 --workers 0"
+    run("train_tokenizer.py", *flags.split(), "--out", tmp_path / "tokenizer")
+    flags = ["--data", "glyphs:40:AB", "--size", 16, "--workers", 0]
+    run("encode.py", "--tokenizer", tmp_path / "tokenizer", *flags, "--out", tmp_path / "codes")
+    flags = [
+        "--width",
+        "32",
+        "--heads",
+        "2",
+        "--spatial-layers",
+        "1",
+        "--global-batch",
+        "8",
+        "--micro-batch",
+        "8",
+        "--steps",
+        "2",
+        "--pre-bits",
+        "6",
+    ]
+    run("train_ar.py", "--codes", tmp_path / "codes", *flags, "--out", tmp_path / "ar")
+    model, tokenizer = load_ar(tmp_path / "ar")
+    assert model.config.factorized_bits == (6, 8) and tokenizer.config.bits == 14
+    run("sample.py", "--model", tmp_path / "ar", "--per-class", 3, "--out", tmp_path / "samples.png")
+    assert Image.open(tmp_path / "samples.png").mode == "RGB"
+
+
+def test_tokenizer_of_a_released_transformer_by_name(tmp_path, monkeypatch):
+    """Codes for finetuning B have to be of the tokenizer that B was trained with."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "AR_256_B.ckpt"
+    path.parent.mkdir(parents=True)
+    shapes = checkpoint_keys("AR_256_B.ckpt")
+    torch.save({name: torch.ones(1).expand(shape) for name, (shape, _) in shapes.items() if shape}, path)
+    assert tk.load_tokenizer("B").config == tk.TOKENIZER_SIZES["256_L"]
+    assert ar_model.RELEASED_AR is tk.RELEASED_AR
+    run("encode.py", "--tokenizer", "B", "--data", "glyphs:1:A", "--size", 32, "--workers", 0, "--out", tmp_path / "x")
+    assert tk.load_tokenizer(tmp_path / "x" / "tokenizer.pt").config == tk.TOKENIZER_SIZES["256_L"]
 
 
 def test_tokenizer_carried_by_a_transformer_file(tmp_path):
@@ -165,7 +255,12 @@ def test_foreign_objects_are_not_executed(tmp_path):
 def test_own_file_round_trip(tmp_path):
     model = tk.Tokenizer(SIZES["tiny8"])
     average = {name: value + 1 for name, value in model.state_dict().items()}
-    content = {"kind": "tokenizer", "step": 3, "config": asdict(model.config), "tokenizer": model.state_dict()}
+    content = {
+        "kind": "tokenizer",
+        "step": 3,
+        "config": dataclasses.asdict(model.config),
+        "tokenizer": model.state_dict(),
+    }
     torch.save(content | {"tokenizer_ema": average}, tmp_path / "step_00000003.pt")
     for source in (tmp_path / "step_00000003.pt", tmp_path):  # a file, a run folder
         ours = tk.load_tokenizer(source).state_dict()
@@ -202,7 +297,7 @@ def test_the_first_level_may_be_wider_than_the_first_convolution(tmp_path):
 )
 def test_own_file_that_is_not_whole(tmp_path, change):
     model = tk.Tokenizer(SIZES["tiny8"])
-    content = {"kind": "tokenizer", "config": asdict(model.config), "tokenizer": model.state_dict()}
+    content = {"kind": "tokenizer", "config": dataclasses.asdict(model.config), "tokenizer": model.state_dict()}
     change(content)
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match="x.pt is no whole file"):
