@@ -2,12 +2,14 @@
 downloaded once into torch's hub cache, a run's own written so that a kill at any moment leaves a good one."""
 
 import contextlib
+import fcntl
 import hashlib
+import http.client
 import io
 import os
 import pickle
 import re
-import tempfile
+import shutil
 import urllib.request
 import warnings
 import zipfile
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 from runtime import Unreadable, UserError, reading, reason_of, replacing
 
@@ -163,7 +166,10 @@ def hash_of(state):
 
 # --- Finding ----------------------------------------------------------------------------------------------------------
 def download(url):
-    """The local file of `url` in torch's hub cache, fetched the first time: for all processes, or for none."""
+    """The local file of `url` in torch's hub cache, fetched the first time: for all processes, or for none. Of
+    huggingface.co, from the mirror that the environment may name in HF_ENDPOINT."""
+    hub = "https://huggingface.co"
+    url = url.replace(hub, (os.environ.get("HF_ENDPOINT") or hub).rstrip("/"))
     path, failure = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], None
     mine = not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"  # one process a host fetches it
     try:
@@ -182,16 +188,34 @@ def download(url):
 
 
 def _fetch(url, path):
-    """Download a file, whole or not at all."""
+    """Download a file, whole or not at all. What has come stays in PATH.part: a broken connection is followed by
+    another, as long as each brings something, and so is a killed process by the next."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # hosts may share the folder above
-        scratch = Path(folder) / path.name
-        torch.hub.download_url_to_file(url, str(scratch), progress=True)
-        with urllib.request.urlopen(url, timeout=60) as answer:  # torch does not compare
-            size, whole = scratch.stat().st_size, int(answer.headers.get("Content-Length", -1))
-        if whole not in (size, -1):
-            raise ValueError(f"{size} of {whole} bytes came")
-        scratch.replace(path)
+    with open(f"{path}.part", "ab") as part:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            fcntl.flock(part, fcntl.LOCK_EX)
+        while not path.exists():  # another process may have been faster
+            start = part.seek(0, os.SEEK_END)
+            request = urllib.request.Request(url, headers={"User-Agent": "torch.hub", "Range": f"bytes={start}-"})
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    rest, length = answer.headers["Content-Range"], answer.headers["Content-Length"]
+                    size = part.truncate(start if rest else 0)  # some servers only send all of it
+                    whole = int((rest or length or "-1").rpartition("/")[2])
+                    bar = tqdm.wrapattr(answer, "read", whole, initial=size, desc=path.name, disable=None)
+                    with bar as stream:
+                        shutil.copyfileobj(stream, part)
+                if whole not in (size := part.seek(0, os.SEEK_END), -1):
+                    # Only what was broken off, an OSError, is worth another try.
+                    raise (OSError if size < whole else ValueError)(f"{size} of {whole} bytes came")
+                os.fsync(part.fileno())
+                os.replace(part.name, path)
+            except (OSError, http.client.HTTPException) as error:
+                if getattr(error, "code", None) == 416 and start:  # nothing follows: it is whole, or of another file
+                    part.truncate(start - 1 if error.headers["Content-Range"] == f"bytes */{start}" else 0)
+                elif part.seek(0, os.SEEK_END) == start:
+                    raise
+    Path(part.name).unlink(missing_ok=True)
 
 
 def locate(name_or_path, released):

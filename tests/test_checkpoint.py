@@ -1,17 +1,23 @@
 """Weights files that are hostile, malformed or cannot be read for now; downloads that fail."""
 
+import contextlib
 import dataclasses
 import http.server
+import io
 import os
 import pickle
+import re
+import socket
 import struct
+import sys
 import threading
+import time
 import zipfile
 
 import pytest
 import torch
 import torch.distributed as dist
-from scripts import on_two_ranks
+from scripts import on_two_ranks, server
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 import checkpoint
@@ -20,7 +26,7 @@ from ar_model import ARConfig, ARTransformer, load_ar
 from inception import load_inception
 from losses import load_lpips
 from runtime import Unreadable, UserError
-from tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from tokenizer import RELEASED_TOKENIZERS, Tokenizer, TokenizerConfig, load_tokenizer
 
 TOKENIZER, AR = TokenizerConfig(32, (1, 2), 1), ARConfig(32, 1, 1, 1, grid=4, num_classes=2)
 ENTRY = "encoder.conv_in.weight"
@@ -195,28 +201,196 @@ def test_a_checkpoint_without_training_state(tmp_path, change):
 # Downloads -------------------------------------------------------------------------------------------------
 
 
-class Short(http.server.BaseHTTPRequestHandler):
+CONTENT = bytes(range(256)) * 1200
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT as the first part of the address says, and notes what was asked for."""
+
+    asked, go_on, protocol_version = [], threading.Event(), "HTTP/1.1"
+
     def do_GET(self):
-        self.send_response(200)
-        self.send_header("Content-Length", "2000" if "short" in self.path else "1000")
+        kind, given = self.path.split("/")[1], self.headers["Range"]
+        Server.asked.append((self.path, given))
+        start = 0 if "plain" in kind else int(re.fullmatch("bytes=([0-9]+)-", given)[1])
+        if kind == "nothing":
+            return self.send_error(404)
+        if kind == "moved":
+            return self.answer(302, 0, {"Location": f"http://localhost:{self.server.server_port}/breaks/x.pt"})
+        if start >= len(CONTENT):
+            return self.answer(416, 0, {"Content-Range": f"bytes */{len(CONTENT)}"})
+        ranged = {"Content-Range": f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}"}
+        if kind == "untold":  # neither a length nor ranges
+            self.answer(200, None, {"Connection": "close"})
+        elif kind == "liar":  # says that it goes on from there, and starts over
+            self.answer(206, len(CONTENT), ranged)
+            start = 0
+        elif "plain" in kind:
+            self.answer(200, len(CONTENT))
+        else:
+            self.answer(206, len(CONTENT) - start, ranged)
+        end = start + 100_000 if "breaks" in kind or kind == "hangs" else len(CONTENT)
+        self.wfile.write(CONTENT[start:end])
+        self.close_connection = True
+        if kind == "hangs":
+            Server.go_on.wait(60)
+            self.wfile.write(CONTENT[end:])
+        if kind == "resets-breaks":
+            time.sleep(0.2)  # the reset drops what was not read yet
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+    def answer(self, status, length, headers=()):
+        self.send_response(status)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
         self.end_headers()
-        self.wfile.write(b"x" * 1000)
+
+    def handle(self):
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def finish(self):
+        with contextlib.suppress(OSError):
+            super().finish()
 
     def log_message(self, *_):
         pass
 
 
-def test_a_download_is_whole_or_absent(tmp_path, monkeypatch):
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """Of a server; downloads go to tmp_path/hub/checkpoints."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    server = http.server.HTTPServer(("127.0.0.1", 0), Short)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    with pytest.raises(UserError, match="could not download .*1000 of 2000 bytes came.*put it at"):
-        checkpoint.download(f"{address}/short.pt")
-    path = checkpoint.download(f"{address}/whole.pt")
-    server.shutdown()
-    assert [p.name for p in path.parent.iterdir()] == ["whole.pt"]
-    with pytest.raises(UserError, match="whole.pt.*remove it, and it is downloaded again"):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        Server.asked.clear()
+        Server.go_on.clear()
+        yield f"http://127.0.0.1:{server.server_port}"
+        Server.go_on.set()
+        server.shutdown()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def ranges():
+    return [given.removeprefix("bytes=") for _, given in Server.asked]
+
+
+def is_whole(path):
+    """And nothing lies beside it."""
+    return path.read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("kind", ["whole", "plain", "untold"])
+def test_a_download(address, kind):
+    assert is_whole(checkpoint.download(f"{address}/{kind}/x.pt"))
+    assert is_whole(checkpoint.download(f"{address}/{kind}/x.pt")) and ranges() == ["0-"]  # from the cache
+
+
+@pytest.mark.parametrize("kind", ["breaks", "resets-breaks", "moved"])
+def test_a_broken_connection_is_taken_up_again(address, kind):
+    """Also behind a redirection to another host."""
+    assert is_whole(checkpoint.download(f"{address}/{kind}/x.pt"))
+    asked = [int(text[:-1]) for text in ranges()]
+    assert asked[0] == 0 and asked[-1] > 200_000 and asked == sorted(asked) and len(set(asked)) >= 4
+    assert {path for path, _ in Server.asked} == {f"/{kind}/x.pt"} | ({"/breaks/x.pt"} if kind == "moved" else set())
+
+
+def test_a_server_that_breaks_and_knows_no_ranges(address, cache):
+    with pytest.raises(UserError, match="could not download .*100000 of 307200 bytes came.*put it at"):
+        checkpoint.download(f"{address}/plain-breaks/x.pt")
+    assert [p.name for p in cache.iterdir()] == ["x.pt.part"] and len(Server.asked) == 2
+    assert is_whole(checkpoint.download(f"{address}/plain/x.pt"))  # and not appended to the part
+
+
+def test_a_server_that_sends_another_range_than_it_says(address, cache):
+    (cache / "x.pt.part").write_bytes(CONTENT[:1000])
+    with pytest.raises(UserError, match="308200 of 307200 bytes came"):
+        checkpoint.download(f"{address}/liar/x.pt")
+    assert is_whole(checkpoint.download(f"{address}/whole/x.pt")) and ranges() == ["1000-", "308200-", "0-"]
+
+
+@pytest.mark.parametrize(
+    "part, asked",
+    [
+        (CONTENT[:1000], ["1000-"]),
+        (CONTENT, ["307200-", "307199-"]),  # killed before it was renamed
+        (CONTENT + b"more", ["307204-", "0-"]),
+    ],
+)
+def test_the_part_of_another_process(address, cache, part, asked):
+    (cache / "x.pt.part").write_bytes(part)
+    assert is_whole(checkpoint.download(f"{address}/whole/x.pt"))
+    assert ranges() == asked
+
+
+def test_a_killed_download_goes_on(address, cache):
+    child = server().Process(target=_download_alone, args=(f"{address}/hangs/x.pt", str(cache.parent.parent)))
+    child.start()
+    part = cache / "x.pt.part"
+    for _ in range(400):
+        if part.exists() and part.stat().st_size:
+            break
+        time.sleep(0.05)
+    child.kill()
+    child.join()
+    size = part.stat().st_size
+    assert 0 < size <= 100_000 and not (cache / "x.pt").exists()
+    assert is_whole(checkpoint.download(f"{address}/whole/x.pt"))
+    assert ranges() == ["0-", f"{size}-"]
+
+
+def _download_alone(url, folder):
+    os.environ["TORCH_HOME"] = folder
+    checkpoint.download(url)
+
+
+def test_two_hosts_with_one_cache_fetch_once(address, cache, tmp_path):
+    threading.Timer(1.5, Server.go_on.set).start()
+    on_two_ranks(_download_as_a_host, tmp_path, f"{address}/hangs/x.pt", str(tmp_path))
+    assert is_whole(cache / "x.pt") and ranges() == ["0-"]
+
+
+def _download_as_a_host(rank, url, folder):
+    os.environ |= {"LOCAL_RANK": "0", "TORCH_HOME": folder}
+    assert checkpoint.download(url).read_bytes() == CONTENT
+
+
+def test_what_is_not_there(address, cache):
+    with pytest.raises(UserError, match=f"could not download {address}/nothing/x.pt .Not Found.; fetch it elsewhere"):
+        checkpoint.download(f"{address}/nothing/x.pt")
+    assert len(Server.asked) == 1
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_mirror_of_the_hub(address, monkeypatch, end):
+    monkeypatch.setenv("HF_ENDPOINT", f"{address}/whole{end}")
+    assert is_whole(checkpoint.download(RELEASED_TOKENIZERS["256_L"]))
+    file = "TencentARC/Open-MAGVIT2-Tokenizer-256-resolution/resolve/main/imagenet_256_L.ckpt"
+    assert Server.asked == [(f"/whole/{file}", "bytes=0-")]
+    monkeypatch.setenv("HF_ENDPOINT", f"{address}/nothing{end}")
+    with pytest.raises(UserError, match=f"could not download {address}/nothing/TencentARC/"):
+        checkpoint.download(RELEASED_TOKENIZERS["128_L"])
+    assert checkpoint.download(f"{address}/whole/other.pt").read_bytes() == CONTENT  # not of the hub
+
+
+def test_a_download_shows_its_progress(address, monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = lambda self: True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    path = checkpoint.download(f"{address}/breaks/x.pt")
+    assert "x.pt: 100%" in sys.stderr.getvalue()
+    with pytest.raises(UserError, match="x.pt.*remove it, and it is downloaded again"):
         checkpoint.read_weights(path)
 
 

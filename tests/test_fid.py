@@ -1,6 +1,7 @@
 import json
 import math
 import tracemalloc
+import urllib.request
 import zipfile
 from types import SimpleNamespace
 
@@ -134,7 +135,7 @@ def test_weights_offline_and_absent(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
     with pytest.raises(UserError) as error:
         load_inception()
     assert INCEPTION_ADDRESS in str(error.value)

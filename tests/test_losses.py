@@ -1,4 +1,5 @@
 import copy
+import urllib.request
 
 import pytest
 import torch
@@ -184,6 +185,6 @@ def test_load_lpips_from_backbone_and_heads(tmp_path, monkeypatch):
     torch.save({n: v for n, v in state.items() if n.startswith("lin")}, folder / "alex.pth")
     loaded = losses.load_lpips("alex").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
     with pytest.raises(UserError, match=r"vgg16-397923af.pth.*put it at"):
         losses.load_lpips("vgg")

@@ -1,5 +1,6 @@
 import dataclasses
 import pickle
+import urllib.request
 import warnings
 
 import pytest
@@ -337,7 +338,7 @@ def test_missing_path_and_offline_download(tmp_path, monkeypatch):
     def offline(*args, **options):
         raise OSError("no route")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
     with pytest.raises(UserError) as error:
         tk.load_tokenizer("256_L")
     assert tk.RELEASED_TOKENIZERS["256_L"] in str(error.value)
