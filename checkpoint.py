@@ -202,15 +202,13 @@ def _fetch(url, path):
                     rest, length = answer.headers["Content-Range"], answer.headers["Content-Length"]
                     size = part.truncate(start if rest else 0)  # some servers only send all of it
                     whole = int((rest or length or "-1").rpartition("/")[2])
-                    bar = tqdm.wrapattr(answer, "read", whole, initial=size, desc=path.name, disable=None)
-                    with bar as stream:
+                    with tqdm.wrapattr(answer, "read", whole, initial=size, desc=path.name, disable=None) as stream:
                         shutil.copyfileobj(stream, part)
                 if whole not in (size := part.seek(0, os.SEEK_END), -1):
-                    # Only what was broken off, an OSError, is worth another try.
                     raise (OSError if size < whole else ValueError)(f"{size} of {whole} bytes came")
                 os.fsync(part.fileno())
                 os.replace(part.name, path)
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException) as error:  # worth another try; but not too many bytes
                 if getattr(error, "code", None) == 416 and start:  # nothing follows: it is whole, or of another file
                     part.truncate(start - 1 if error.headers["Content-Range"] == f"bytes */{start}" else 0)
                 elif part.seek(0, os.SEEK_END) == start:
@@ -326,6 +324,6 @@ def changed_settings(old, new, may_change):
             found.append(f"{name.replace('_', ' ')} was {before}, is {value}")
         elif not name.endswith("_hash"):
             found.append(f"--{name.replace('_', '-')} was {before}, is {value}")
-        elif name in old:  # (the first checkpoints had no hashes)
+        elif name in old or name == "init_hash":  # (the first checkpoints had no other hashes)
             found.append(f"{name.removesuffix('_hash')} of other contents")
     return ", ".join(found)

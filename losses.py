@@ -108,11 +108,13 @@ def tap_distance(a, b, weight):
     return ((a - b).square() * weight).sum(1, keepdim=True).mean((2, 3), keepdim=True)
 
 
-def load_lpips(network="vgg", path=None):
+def load_lpips(network="vgg", path=None, maybe=None):
     """LPIPS with its published weights.
-    path: a file that holds them all (a released tokenizer file, for "vgg", or a saved state dict of `LPIPS`); None:
-    torchvision's backbone and the v0.1 heads, downloaded once into torch's hub cache. Raises UserError naming the file
-    or, offline, the address and the place to put the file."""
+    path: a file that holds them all (a released tokenizer file, for "vgg", or a saved state dict of `LPIPS`); None: the
+    file `maybe`, where it is a released tokenizer's, or else torchvision's backbone and the v0.1 heads, downloaded once
+    into torch's hub cache. Raises UserError naming the file or, offline, the address and where to put it."""
+    if path is None and maybe and "loss.perceptual_loss.lin0.model.1.weight" in entries_of(read_weights(maybe), maybe):
+        path = maybe
     with torch.device("meta"):
         lpips = LPIPS(network)
     if path is None:
@@ -161,6 +163,23 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x):
         return self.main(x)
+
+
+def load_discriminator(path):
+    """[PatchDiscriminator, its moving average] of a tokenizer file, released or own; [] where it holds none of this
+    kind. Raises UserError naming the file and the entries at fault."""
+    entries, prefix = entries_of(read_weights(path), path), "loss.discriminator."
+    states = [entries.get("discriminator"), entries.get("discriminator_ema")]  # of a file of ours
+    if states[0] is None:
+        state = {n.removeprefix(prefix): v for n, v in entries.items() if n.startswith(prefix + "main.")}
+        # Released files: an average is named like its parameter with every dot removed; BatchNorm's statistics have none.
+        average = {n: entries.get("model_ema." + (prefix + n).replace(".", ""), v) for n, v in state.items()}
+        states = [state, average] if state else []
+    discriminators = [PatchDiscriminator() for _ in states]
+    for discriminator, state in zip(discriminators, states):
+        match(state, discriminator.state_dict(), path, "a PatchGAN discriminator")
+        discriminator.load_state_dict(state)
+    return discriminators
 
 
 class LeCAM(nn.Module):

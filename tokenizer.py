@@ -66,6 +66,7 @@ RELEASED_TOKENIZERS = {
     "pretrain_256_262144": f"{HUB}/Open-MAGVIT2-Tokenizer-262144-Pretrain/resolve/main/pretrain256_262144.ckpt",
 }
 RELEASED_AR = {n: f"{HUB}/Open-MAGVIT2-AR-{n}-256-resolution/resolve/main/AR_256_{n}.ckpt" for n in ("B", "L", "XL")}
+RELEASED = RELEASED_TOKENIZERS | RELEASED_AR  # transformers, too: each carries the tokenizer that it was trained with
 
 
 # --- The network. Module names are those of the released files. -------------------------------------------------------
@@ -235,7 +236,7 @@ def load_tokenizer(path_or_name, ema=True):
     ema: the moving average of the weights, where the file has one; False: the training weights. A released transformer
     file carries the tokenizer that it was trained with, which is used as it stands. Raises UserError naming the file
     and the entries at fault; nothing is ever loaded in part."""
-    path = locate(path_or_name, RELEASED_TOKENIZERS | RELEASED_AR)
+    path = locate(path_or_name, RELEASED)
     with reading(path, "a tokenizer file"):
         content = read_weights(path)
         if isinstance(content, dict) and content.get("kind") in ("tokenizer", "ar"):

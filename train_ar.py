@@ -18,8 +18,8 @@ import data
 import fast
 import runtime
 import training
-from ar_model import AR_SIZES, ARConfig, ARTransformer, cross_entropies
-from checkpoint import hash_of
+from ar_model import AR_SIZES, RELEASED_AR, ARConfig, ARTransformer, cross_entropies, load_ar
+from checkpoint import hash_of, locate
 from fast.graphs import Gradients, Graphs
 from lfq import split_indices
 from runtime import UserError, at_least
@@ -36,7 +36,7 @@ for name, preset in PRESETS.items():
 
 # Settings that a resumed run may change: they leave weights alone, up to rounding and what dropout draws.
 MAY_CHANGE = {"out", "codes", "val_codes", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
-MAY_CHANGE |= {"compile", "allow_changes", "micro_batch", "preset", "shard", "checkpoint_activations"}
+MAY_CHANGE |= {"compile", "allow_changes", "micro_batch", "preset", "shard", "checkpoint_activations", "init"}
 
 
 def parse(argv=None):
@@ -47,6 +47,7 @@ def parse(argv=None):
     add("--seed", type=at_least(0), default=0, help="of initialisation, order, crops, dropout")
     add = arguments.add_argument_group("model").add_argument
     add("--preset", default="tiny", help="size and settings: tiny, B, L or XL; the flags below override it")
+    add("--init", help="fine-tune: begin with the weights of a released name, a file or a run's folder, at their sizes")
     add("--width", type=int, help="model width d")
     add("--heads", type=int, help="attention heads")
     add("--spatial-layers", type=int, help="blocks over the token sequence")
@@ -118,12 +119,31 @@ def main():
     order = data.SampleOrder(len(codes), args.seed)
     epoch_steps, total = training.run_length(args, len(codes))
 
+    # The transformer to begin with; its sizes, too
+    init, init_hash = None, False
+    if args.init:
+        path = rt.share(locate(args.init, RELEASED_AR))
+        init, carried = load_ar(path)
+        pre, post = init.config.factorized_bits
+        if pre + post != tokenizer.config.bits:
+            raise UserError(f"{path} takes codes of {pre + post} bits; {args.codes} has {tokenizer.config.bits}")
+        if carried and hash_of(carried.state_dict()) != codes.manifest["tokenizer_hash"]:
+            rt.say(f"warning: {args.codes} was made by another tokenizer than {path} was trained with, and carries")
+        vars(args).update({flag: getattr(init.config, flag) for flag in SIZE_FLAGS if flag != "dropout"}, pre_bits=pre)
+
     # Model
     runtime.seed_everything(args.seed)
     size = {flag: getattr(args, flag) for flag in SIZE_FLAGS}
     bits = (args.pre_bits, tokenizer.config.bits - args.pre_bits)
     config = ARConfig(**size, factorized_bits=bits, grid=codes.grid[0], num_classes=len(codes.classes))
     model, loss_terms = ARTransformer(config), cross_entropies
+    if init:
+        init_hash = hash_of(entries := init.state_dict())
+        if init.config.num_classes != config.num_classes or init.class_names not in (None, codes.classes):
+            rt.say(f"{path} knows other classes than {args.codes}: their embeddings begin afresh")
+            del entries["class_emb.embedding_table.weight"]
+        model.load_state_dict(entries, strict=False)
+        del init, entries  # XL's take 6 GB
     if args.checkpoint_activations:
         for block in [*model.spatial_blocks, *model.factorized_blocks]:
             rerun_in_backward(block)
@@ -148,7 +168,7 @@ def main():
 
     # Resume
     settings = vars(args) | {"pictures": len(codes), "total_steps": total, "codes_hash": codes.identity}
-    settings["tokenizer_hash"] = codes.manifest["tokenizer_hash"]
+    settings |= {"tokenizer_hash": codes.manifest["tokenizer_hash"], "init_hash": init_hash}
     saved = {"model": model, "optimizer": optimizer, "scaler": scaler}  # by their names in the file
     carried = {"config": asdict(tokenizer.config), "state": tokenizer.state_dict()}
     contents = {"kind": "ar", "config": asdict(config), "class_names": codes.classes, "tokenizer": carried}

@@ -11,7 +11,7 @@ Letters: x images, y their unclamped reconstructions, both (b, 3, S, S) in [-1, 
 
 import copy
 import functools
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 
 import torch
 from torch import nn
@@ -21,9 +21,10 @@ import fast
 import losses
 import runtime
 import training
+from checkpoint import hash_of, locate
 from fast.graphs import Gradients, Graphs
 from runtime import UserError, at_least
-from tokenizer import TOKENIZER_SIZES, Tokenizer, TokenizerConfig, Upsampler
+from tokenizer import RELEASED, TOKENIZER_SIZES, Tokenizer, TokenizerConfig, Upsampler, load_tokenizer
 
 # The paper's settings for 256_L and 128_L.
 PAPER = {"global_batch": 256, "micro_batch": 8, "lr": 1e-4, "ema": 0.999, "steps": 0}
@@ -44,7 +45,7 @@ for name, preset in PRESETS.items():
 # Settings that a resumed run may change freely. They leave the weights alone, up to rounding; but for the micro-batch,
 # over which codebook entropy and BatchNorm go, and which the memory at hand may dictate.
 MAY_CHANGE = {"out", "workers", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
-MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset", "data"}  # its contents are compared
+MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset"} | {"data", "init"}  # but for contents
 
 
 def parse(argv=None):
@@ -57,6 +58,7 @@ def parse(argv=None):
     add("--seed", type=at_least(0), default=0, help="of initialisation, order, crops")
     add = arguments.add_argument_group("model").add_argument
     add("--preset", default="tiny", help="size and settings: tiny, 128_L or 256_L; the flags below override it")
+    add("--init", help="fine-tune: begin with the weights of a released name, a file or a run's folder, at their sizes")
     add("--channels", type=int, help="width at full resolution, a multiple of 32")
     add("--multipliers", type=int, nargs="+", help="width of each level over --channels; resolution halves between")
     add("--blocks", type=int, help="ResBlocks a level")
@@ -115,6 +117,15 @@ def main():
     val_pictures = data.open_pictures(args.val_data or args.data, args.size, False, args.seed, labelled=None)
     epoch_steps, total = training.run_length(args, len(pictures))
 
+    # What --init holds: training weights and their moving average, as `trained` and `average` below
+    init, init_path = [], None
+    if args.init:
+        init_path = rt.share(locate(args.init, RELEASED))
+        init = [nn.ModuleDict({"tokenizer": load_tokenizer(init_path, ema)}) for ema in (False, True)]
+        for part, discriminator in zip(init, losses.load_discriminator(init_path)):
+            part["discriminator"] = discriminator
+        args.channels, [*args.multipliers], args.blocks, args.bits = astuple(init[0]["tokenizer"].config)  # a list
+
     # Models
     runtime.seed_everything(args.seed)
     config = TokenizerConfig(args.channels, args.multipliers, args.blocks, args.bits)
@@ -126,14 +137,19 @@ def main():
     tokenizer.quantizer.global_batch = args.global_entropy
     trained, lpips, discriminator = nn.ModuleDict({"tokenizer": tokenizer}), None, None
     if args.lpips != "none":
-        lpips = losses.load_lpips("vgg", None if args.lpips == "published" else args.lpips)
+        lpips = losses.load_lpips("vgg", None if args.lpips == "published" else args.lpips, maybe=init_path)
         lpips.to(rt.device, memory_format=rt.layout)
     if args.gan_weight:
         discriminator = trained["discriminator"] = losses.PatchDiscriminator()
-    rt.share_parameters(trained.to(rt.device))
-    # Before averages and optimizers are made: what is read beside a weight has to lie in memory as it does.
-    trained.to(memory_format=rt.layout)
+        if init and "discriminator" not in init[0]:
+            rt.say(f"{init_path} holds no discriminator of this kind: it begins afresh")
     average = copy.deepcopy(trained).eval().requires_grad_(False)
+    for part, loaded in zip((trained, average), init):
+        part.load_state_dict(loaded.state_dict(), strict=False)  # only one of them may have a discriminator
+    for part in (trained, average):
+        rt.share_parameters(part.to(rt.device))
+        # Before optimizers are made: what is read beside a weight has to lie in memory as it does.
+        part.to(memory_format=rt.layout)
     lecam = losses.LeCAM().to(rt.device)
 
     # Optimizers
@@ -148,6 +164,7 @@ def main():
     for name, module in trained.items():
         saved |= {name: module, f"{name}_ema": average[name], f"optimizer_{name}": optimizers[name]}
     settings = vars(args) | {"pictures": len(pictures), "total_steps": total, "pictures_hash": data.identity(pictures)}
+    settings["init_hash"] = bool(init) and hash_of(nn.ModuleList(init).state_dict())
     run = training.Run(rt, args, settings, MAY_CHANGE, saved, kind="tokenizer", config=asdict(config))
 
     # Passes. The global entropy talks to other processes in them, which no graph may.
