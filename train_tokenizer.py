@@ -45,7 +45,7 @@ for name, preset in PRESETS.items():
 # Settings that a resumed run may change freely. They leave the weights alone, up to rounding; but for the micro-batch,
 # over which codebook entropy and BatchNorm go, and which the memory at hand may dictate.
 MAY_CHANGE = {"out", "workers", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
-MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset"} | {"data", "init"}  # but for contents
+MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset", "data", "init"}  # contents are compared
 
 
 def parse(argv=None):
