@@ -373,10 +373,10 @@ def image_uniforms(seeds, tokens):
 # --- Reading files ----------------------------------------------------------------------------------------------------
 def load_ar(path_or_name, config=None):
     """(ARTransformer, Tokenizer or None), both in eval mode and on the CPU. The tokenizer is the one in the file.
-    path_or_name: a released name ("B", "L", "XL"), a released transformer file, this project's own file or run folder,
-    or a bare state dict of any of these. B, L and XL are known by their width, own files carry their configuration and
-    the classes' names (`class_names`, else None); a bare state dict of another width needs `config`. Raises UserError
-    naming the file, the entries at fault and the size expected; nothing is loaded in part."""
+    path_or_name: a released name ("B", "L", "XL", "emoji"), a released transformer file, this project's own file or run
+    folder, or a bare state dict of any of these. B, L and XL are known by their width, own files carry their
+    configuration and the classes' names (`class_names`, else None); a bare state dict of another width needs `config`.
+    Raises UserError naming the file, the entries at fault and the size expected; nothing is loaded in part."""
     path = locate(path_or_name, RELEASED_AR)
     with reading(path, "a transformer file"):
         content = read_weights(path)
@@ -417,7 +417,7 @@ def _config_by_width(entries, source):
         if any(name.startswith(("encoder.", "decoder.", "tokenizer")) for name in entries):
             raise UserError(f"{source} is a tokenizer file; give one of train_ar.py, or AR_256_B.ckpt")
         raise UserError(f"{source} holds no transformer: entry class_emb.embedding_table.weight is missing")
-    width, sizes = table.shape[1], {AR_SIZES[name].width: AR_SIZES[name] for name in RELEASED_AR}
+    width, sizes = table.shape[1], {AR_SIZES[name].width: AR_SIZES[name] for name in ("B", "L", "XL")}
     if width not in sizes:
         advice = "its heads and grid cannot be told; use a checkpoint of train_ar.py, or give the config"
         raise UserError(f"{source} is a bare state dict of width {width}, no released size: {advice}")

@@ -3,7 +3,7 @@
     python bench.py                          # everything, some ten minutes on an H200
     python bench.py --only entropy,sample    # some of it; see ROWS at the end
 
-Each row but the loader's is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do
+Each row is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do
 not change the time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share` is the
 work's arithmetic (training, decoding) or its least traffic (sampling: weights and filled cache once a token) over the
 time, against this GPU's own rate, measured at the start: a large bf16 matrix product, a large device-to-device copy."""
@@ -14,15 +14,9 @@ import functools
 import gc
 import itertools
 import statistics
-import tempfile
-import time
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-import data
 import fast
 import losses
 import runtime
@@ -43,22 +37,17 @@ STEP_256_L = 3 * (ENCODER + DECODER) + 3 * VGG + (2 + 6) * DISCRIMINATOR
 def main():
     arguments = runtime.parser(__doc__)
     arguments.add_argument("--only", help=f"comma-separated: {','.join(ROWS)}")
-    repeats = "timed runs of the ceilings and the decoder; others have their own"
-    arguments.add_argument("--repeats", type=runtime.at_least(1), default=20, help=repeats)
     args = arguments.parse_args()
     chosen = args.only.split(",") if args.only else list(ROWS)
     if unknown := [name for name in chosen if name not in ROWS]:
         raise runtime.UserError(f"--only: unknown {unknown[0]}; choose from {', '.join(ROWS)}")
     rt = runtime.start()
-    if rt.device.type != "cuda" and set(chosen) - {"loader"}:
-        raise runtime.UserError("bench.py measures one GPU, and there is none; --only loader runs anywhere")
-    if rt.device.type == "cuda":
-        runtime.set_precision(rt, "bf16")
-        bench = Bench(rt.device, args.repeats)
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-        print(f"ceilings: bf16 product {bench.flops / 1e12:.0f} TFLOP/s, copy {bench.bandwidth / 1e12:.2f} TB/s\n")
-    else:
-        bench = None
+    if rt.device.type != "cuda":
+        raise runtime.UserError("bench.py measures one GPU, and there is none")
+    runtime.set_precision(rt, "bf16")
+    bench = Bench(rt.device)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"ceilings: bf16 product {bench.flops / 1e12:.0f} TFLOP/s, copy {bench.bandwidth / 1e12:.2f} TB/s\n")
     print("| what | ours | plain | ratio | peak memory | share of the ceiling |\n|---|---|---|---|---|---|")
     for name in chosen:
         for row in ROWS[name](bench):
@@ -68,14 +57,14 @@ def main():
 class Bench:
     """Times a function on the device, and knows the device's ceilings."""
 
-    def __init__(self, device, repeats):
-        self.device, self.repeats = device, repeats
+    def __init__(self, device):
+        self.device = device
         a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
         self.flops = 2 * 8192**3 / self.time(lambda: a @ b)[0]
         source, target = (torch.empty(2**32, dtype=torch.uint8, device=device) for _ in range(2))
         self.bandwidth = 2 * 2**32 / self.time(lambda: target.copy_(source))[0]
 
-    def time(self, work, repeats=None):
+    def time(self, work, repeats=20):
         """(median seconds, peak bytes above what was there before) of work(), after five runs of warm-up."""
         gc.collect()
         torch.cuda.empty_cache()
@@ -88,7 +77,7 @@ class Bench:
             work()
         torch.cuda.synchronize()
         # One run follows the other without waiting, as in a training loop.
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range((repeats or self.repeats) + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         marks[0].record()
         for mark in marks[1:]:
             work()
@@ -121,28 +110,17 @@ def row(what, ours, other, memory, share=None, images=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def dense_entropy_terms(z, temperature=0.01, eps=1e-5):
-    """The same two terms by the (N, 2^K) table, as published."""
-    places = torch.arange(z.shape[1], device=z.device)
-    codes = (torch.arange(2 ** z.shape[1], device=z.device)[:, None] >> places & 1) * 2.0 - 1
-    logits = 2 * z @ codes.T / temperature
-    p, log_p = logits.softmax(-1), logits.log_softmax(-1)
-    mean = p.mean(0)
-    return -(p * log_p).sum(-1).mean(), -(mean * (mean + eps).log()).sum()
-
-
 def bench_entropy(bench):
     """LFQ's entropy, 2^18 codes, forward and backward."""
     for tokens in (2048, 4096):
         z = (torch.randn(tokens, 18, device=bench.device) * 0.1).requires_grad_()
 
-        def work(function, z=z):
-            sample, codebook = function(z)
+        def work(z=z):
+            sample, codebook = entropy_terms(z)
             torch.autograd.grad(sample - codebook, z)
 
-        ours, memory = bench.time(functools.partial(work, entropy_terms), 100)
-        dense, _ = bench.time(functools.partial(work, dense_entropy_terms), 5)
-        yield row(f"LFQ entropy, {tokens} tokens, forward + backward (plain: dense table)", ours, dense, memory)
+        ours, memory = bench.time(work, 100)
+        yield row(f"LFQ entropy, {tokens} tokens, forward + backward", ours, None, memory)
 
 
 def tokenizer_step(bench, batch, compiled):
@@ -303,33 +281,12 @@ def bench_decoder(bench, batch=50):
     yield row(f"256_L decoder, {batch} images", ours, other, memory, DECODER * batch / ours / bench.flops, batch)
 
 
-def bench_loader(bench, count=1000):
-    """Stage I's loader: 500x400 JPEGs to 256x256 crops, by number of worker processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        for i in range(count):
-            small = Image.fromarray(rng.integers(0, 256, (25, 20, 3), np.uint8))
-            path = Path(folder) / f"{i % 10}" / f"{i}.jpg"
-            path.parent.mkdir(exist_ok=True)
-            small.resize((500, 400), Image.Resampling.BICUBIC).save(path, quality=90)
-        pictures = data.open_pictures(folder, 256, train=True)
-        for workers in (1, 2, 4, 8, 16):
-            steps = min(40 * workers, 400)
-            batches = data.training_batches(pictures, 0, 32, 32, 0, 1, 0, steps, workers)
-            for step, _ in enumerate(batches):
-                if step == 0:
-                    began = time.perf_counter()
-            speed = (steps - 1) * 32 / (time.perf_counter() - began)
-            yield (f"loader, {workers} worker(s), 500x400 JPEG to 256", f"{speed:.0f} images/s", "-", "-", "-", "-")
-
-
 ROWS = {
     "entropy": bench_entropy,
     "tokenizer": bench_tokenizer,
     "transformer": bench_transformer,
     "sample": bench_sampling,
     "decode": bench_decoder,
-    "loader": bench_loader,
 }
 
 if __name__ == "__main__":

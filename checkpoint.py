@@ -218,7 +218,7 @@ def _fetch(url, path):
 
 def locate(name_or_path, released):
     """The weights file meant by `name_or_path`: a file; a run folder (its newest intact checkpoint); or a name in
-    `released` (name -> address), downloaded once. Raises UserError where it is none of these."""
+    `released` (name -> a path, or an address, downloaded once). Raises UserError where it is none of these."""
     path = Path(name_or_path)
     if path.is_dir():
         for candidate in reversed(checkpoints(path)):
@@ -227,9 +227,10 @@ def locate(name_or_path, released):
         raise UserError(f"the folder {path} holds no intact checkpoint (step_*.pt)")
     if os.path.lexists(path):
         return path
-    if str(name_or_path) in released:
-        return download(released[str(name_or_path)])
-    raise UserError(f"there is no file or folder {name_or_path}; released names: {', '.join(released) or 'none'}")
+    if str(name_or_path) not in released:
+        raise UserError(f"there is no file or folder {name_or_path}; released names: {', '.join(released) or 'none'}")
+    where = released[str(name_or_path)]
+    return where if isinstance(where, Path) else download(where)
 
 
 # --- Training state ---------------------------------------------------------------------------------------------------

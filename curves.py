@@ -1,6 +1,5 @@
 """What training runs logged, as curves in one PNG: a panel a quantity, a line a run.
 
-python curves.py runs/tokenizer
 python curves.py runs/ar runs/other_ar --out both.png"""
 
 import contextlib
@@ -36,15 +35,15 @@ def read_log(run):
 def draw_panel(sheet, left, top, name, curves):
     """Draw a quantity, from step 0 on and from its least value to its greatest. curves: [(step, value)] of each run."""
     steps, values = zip(*(point for curve in curves for point in curve))
-    last, low, high = max(1, *steps), min(values), max(values)
+    last, low, span = max(1, *steps), min(values), max(values) - min(values)
 
     def place(step, value):
-        part = (value - low) / (high - low) if high > low else 0.5
+        part = (value - low) / span if span else 0.5
         return left + LEFT + (RIGHT - LEFT) * step / last, top + BOTTOM - (BOTTOM - TOP) * part
 
     sheet.text((left + LEFT, top + TOP - 8), name, "black", ImageFont.load_default(16), "ls")
     for part in (0, 0.25, 0.5, 0.75, 1):
-        step, value = part * last, low + part * (high - low)
+        step, value = part * last, low + part * span
         x, y = place(step, value)
         sheet.line([(left + LEFT, y), (left + RIGHT, y)], "#dddddd")
         sheet.text((left + LEFT - 8, y), f"{value:.4g}", "#555555", ImageFont.load_default(12), "rm")

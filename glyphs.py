@@ -114,3 +114,14 @@ def _letter_mask(letter, size, rng):
     ImageDraw.Draw(mask).text(corner, letter, 255, _font(round(100 * scale)), anchor="ls", stroke_width=stroke)
     mask = mask.rotate(angle, Image.Resampling.BICUBIC, center=(x, y)).reduce(fine)
     return np.asarray(mask) / 255
+
+
+def nearest_letters(pictures, letters, poses=200):
+    """Which of `letters` each of uint8 pictures (N, S, S, 3) shows, as numbers (N,): that of the one among `poses`
+    random masks a letter that, scaled for each colour, comes nearest to the picture less its mean."""
+    rng = np.random.default_rng(GLYPH)
+    masks = [_letter_mask(letter, pictures.shape[1], rng).flatten() for letter in letters for _ in range(poses)]
+    masks = np.stack(masks) - np.mean(masks, 1, keepdims=True)
+    masks /= np.linalg.norm(masks, axis=1, keepdims=True)  # (letters * poses, S * S)
+    explained = np.square(masks @ pictures.reshape(len(pictures), -1, 3)).sum(-1)  # (N, letters * poses)
+    return explained.argmax(1) // poses

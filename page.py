@@ -1,6 +1,7 @@
 """Pages to look at: pictures with captions in one HTML file, which needs no other file, no script and no network.
 
-write_page("samples.html", "Samples", [("a caption", [picture, another])])    # PIL pictures, side by side"""
+write_page("samples.html", "Samples", [("a caption", [picture, another])], total=1)    # PIL pictures, side by side
+"""
 
 import base64
 import html
@@ -19,13 +20,11 @@ div {{ white-space: nowrap }} img {{ margin-right: 4px; max-width: 45vw; height:
 """
 
 
-def write_page(path, title, entries, total=None):
-    """Write the first `LIMIT` of `entries`, an iterable of (caption, list of PIL pictures) that is taken one by one.
-    The page says of how many they are: `total`, where there are more than `entries` holds."""
-    entries, shown = iter(entries), 0
+def write_page(path, title, entries, total):
+    """Write the first `LIMIT` of `total` entries, an iterable of (caption, list of PIL pictures)."""
     with runtime.replacing(path) as binary, io.TextIOWrapper(binary, "utf-8", "backslashreplace") as file:
         file.write(HEAD.format(html.escape(title)))
-        for shown, (caption, pictures) in enumerate(itertools.islice(entries, LIMIT), 1):
+        for caption, pictures in itertools.islice(entries, LIMIT):
             file.write("<figure><div>")
             for picture in pictures:
                 png, zoom = io.BytesIO(), max(1, LEGIBLE // max(picture.size))
@@ -33,6 +32,4 @@ def write_page(path, title, entries, total=None):
                 size = f'width="{zoom * picture.width}" height="{zoom * picture.height}"'
                 file.write(f'<img {size} src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">')
             file.write(f"</div><figcaption>{html.escape(caption)}</figcaption></figure>\n")
-        total = total or shown + sum(1 for _ in entries)
-        first = f"The first {shown:,} of " if shown < total else ""
-        file.write(f"</main><p>{first}{total:,}</p></html>\n")
+        file.write(f"</main><p>{'The first ' * (total > LIMIT)}{min(total, LIMIT):,} of {total:,}</p></html>\n")

@@ -33,7 +33,7 @@ from checkpoint import changed_settings, hash_of, locate
 from data import identity, open_pictures, picture_grid, read_batch, to_float, to_uint8
 from page import write_page
 from runtime import UserError, at_least
-from tokenizer import RELEASED_TOKENIZERS, load_tokenizer
+from tokenizer import RELEASED, load_tokenizer
 
 # Pairs (pre, post): the paper's settings of evaluation, by size; `show` trades variety for clear pictures.
 _PLAIN = {"cfg_scale": (1.0, 1.0), "temperature": (1.0, 1.0), "top_k": (0, 0), "top_p": (1.0, 1.0)}
@@ -42,6 +42,7 @@ PRESETS = {
     "L": {**_PLAIN, "cfg_scale": (1.9, 1.9), "temperature": (1.1, 1.0)},
     "XL": {**_PLAIN, "cfg_scale": (1.75, 1.85), "temperature": (1.1, 1.0)},
     "show": {**_PLAIN, "cfg_scale": (4.0, 4.0), "top_p": (0.96, 0.96)},
+    "emoji": {**_PLAIN, "top_p": (0.9, 0.9)},  # knows its pictures by heart: guidance would lead away from them
 }
 BATCH = 200  # on an accelerator; a picture takes half the time that it takes among 50 there (B)
 
@@ -49,11 +50,11 @@ BATCH = 200  # on an accelerator; a picture takes half the time that it takes am
 def parse(argv=None):
     arguments = runtime.parser(__doc__)
     presets = "paper: the published settings of this size (own sizes: B's); show: cfg 4 4, top-p .96 .96; "
-    presets += "default: show for a grid, otherwise paper; the flags below override it"
+    presets += "default: show for a grid, otherwise paper (emoji: top-p .9 .9); the flags below override it"
     classes = "`all`, or comma-separated names or numbers (a name comes first); default: all, a grid: 10, spread evenly"
     pair = {"nargs": 2, "metavar": ("PRE", "POST")}
     add = arguments.add_argument_group("what").add_argument
-    add("--model", required=True, help="transformer: a file, a run folder, or B, L, XL (downloaded)")
+    add("--model", required=True, help="transformer: a file, a run folder, emoji (in here), or B, L, XL (downloaded)")
     add("--tokenizer", help="a file, a run folder, 128_L or 256_L; default: the one in the model's file")
     add("--given", help="pictures to go on from: a folder, or glyphs[:COUNT[:CLASSES]]; in a grid, a column each")
     add("--given-rows", type=at_least(1), help="upper rows of their tokens to keep; default: half of them")
@@ -88,8 +89,8 @@ def main():
 
     # What the flags leave open follows from the kind of output.
     grid, side = kind == "grid", model.config.grid * tokenizer.factor
-    preset = args.preset or ("show" if grid else "paper")
-    defaults = PRESETS["show" if preset == "show" else paper_size(model.config.width)]
+    preset = args.preset or ("emoji" if args.model == "emoji" else "show" if grid else "paper")
+    defaults = PRESETS[paper_size(model.config.width) if preset == "paper" else preset]
     options = {name: getattr(args, name) or pair for name, pair in defaults.items()}
     classes = choose_classes(args.classes, model.class_names, len(names), spread=grid)
     photos = open_pictures(args.given, side, train=False, labelled=False) if args.given else []
@@ -190,7 +191,7 @@ def load_models(rt, args):
     model, tokenizer = load_ar(path)
     carried = hash_of(tokenizer.state_dict()) if tokenizer else None
     if args.tokenizer:
-        tokenizer_path = rt.share(locate(args.tokenizer, RELEASED_TOKENIZERS))
+        tokenizer_path = rt.share(locate(args.tokenizer, RELEASED))
         tokenizer = load_tokenizer(tokenizer_path)
     advice = "name the one it was trained with: --tokenizer PATH_OR_NAME"
     if tokenizer is None:
@@ -241,7 +242,7 @@ def choose_classes(text, names, number, spread=False):
 
 def paper_size(width):
     """Name of the paper's size of that width; for own sizes B, the smallest."""
-    return next((name for name in RELEASED_AR if AR_SIZES[name].width == width), "B")
+    return next((name for name in ("L", "XL") if AR_SIZES[name].width == width), "B")
 
 
 def refuse_others(work, settings):

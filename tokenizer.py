@@ -12,6 +12,7 @@ Letters: B batch, K bits (latent channels), C channels, H W pixels, h w latent g
 import re
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -66,6 +67,7 @@ RELEASED_TOKENIZERS = {
     "pretrain_256_262144": f"{HUB}/Open-MAGVIT2-Tokenizer-262144-Pretrain/resolve/main/pretrain256_262144.ckpt",
 }
 RELEASED_AR = {n: f"{HUB}/Open-MAGVIT2-AR-{n}-256-resolution/resolve/main/AR_256_{n}.ckpt" for n in ("B", "L", "XL")}
+RELEASED_AR["emoji"] = Path(__file__).with_name("weights") / "emoji64.pt"  # ours: small, of 64x64 emoji, in here
 RELEASED = RELEASED_TOKENIZERS | RELEASED_AR  # transformers, too: each carries the tokenizer that it was trained with
 
 

@@ -278,7 +278,7 @@ def test_original_size_on_two_processes(files, tmp_path):
     entries, texts, _ = read_page(tmp_path / "out" / "reconstructions.html")
     for name, (caption, (original, y_uint8)), column in zip(names, entries, columns, strict=True):
         shown = name.encode("utf-8", "backslashreplace").decode()
-        assert caption == f"{shown}: {column[0]:.2f} dB" and "5" in texts
+        assert caption == f"{shown}: {column[0]:.2f} dB" and "5 of 5" in texts
         assert np.array_equal(original, Image.open(tmp_path / "pictures" / name).convert("RGB"))
         assert np.array_equal(y_uint8, Image.open(tmp_path / "saved" / pngs[name]))
     kinds = ["PSNR", "PSNR published", "SSIM", "SSIM published", "LPIPS VGG", "LPIPS AlexNet"]
@@ -305,6 +305,7 @@ def test_saved_pictures_of_a_fixed_size(evaluate, files, tmp_path):
 
 def test_a_page_of_some_pairs(evaluate, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_tokenizer, "LIMIT", 2)
+    monkeypatch.setattr("page.LIMIT", 2)
     monkeypatch.setattr(eval_tokenizer, "rebuild", lambda tokenizer, x: (x, torch.zeros(len(x), 16, 16).long()))
     evaluate("--rounding", "--html", tmp_path / "x.html")
     entries, texts, _ = read_page(tmp_path / "x.html")

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import data
+import glyphs
 from runtime import UserError
 
 
@@ -69,3 +70,16 @@ def test_a_glyph_looks_the_same_at_another_size():
     for i in range(20):
         shrunk = large[0, i][0].float().unflatten(1, (32, 4)).unflatten(3, (32, 4)).mean((2, 4))
         assert (shrunk - small[0, i][0].float()).abs().mean() < 10, i  # two different glyphs: 60 and more
+
+
+@pytest.mark.parametrize("size", [16, 24, 32])
+def test_the_nearest_template_is_of_the_letter_shown(size):
+    """Of other pictures than the templates; and of what stands on its head it is another's."""
+    letters = "ACEHT"
+    pictures = glyphs.Glyphs(f"glyphs:200:{letters}", size, train=True)
+    images = np.stack([pictures[0, i][0].permute(1, 2, 0).numpy() for i in range(len(pictures))])
+    assert (glyphs.nearest_letters(images, letters) == pictures.labels).mean() >= 0.99
+    turned = glyphs.nearest_letters(images[:, ::-1], letters) == pictures.labels
+    assert turned[pictures.labels == 4].mean() < 0.5  # a T
+    noise = np.random.default_rng(0).integers(0, 256, (200, size, size, 3), np.uint8)
+    assert (glyphs.nearest_letters(noise, letters) == pictures.labels).mean() < 0.4

@@ -245,7 +245,7 @@ def test_pages_show_what_the_other_outputs_hold(files, tmp_path, monkeypatch):
         entries, texts, _ = read_page(tmp_path / f"{out}.html")
         assert [caption for caption, _ in entries] == [f"{i}: {name}, --seed 7" for i, name in enumerate(names)]
         np.testing.assert_array_equal([picture for _, (picture,) in entries], truth)
-        assert "6" in texts
+        assert "6 of 6" in texts
     # Of another place, and of pictures that were there before; of some of them.
     monkeypatch.setattr("page.LIMIT", 4)
     inside(monkeypatch, *flags, tmp_path / "page.html", "--out", tmp_path / "c")
