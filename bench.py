@@ -107,9 +107,6 @@ def row(what, ours, other, memory, share=None, images=None):
     return what, cell(ours), cell(other), ratio, f"{memory / 2**30:.2f} GiB", f"{share:.0%}" if share else "-"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def bench_entropy(bench):
     """LFQ's entropy, 2^18 codes, forward and backward."""
     for tokens in (2048, 4096):
@@ -254,9 +251,8 @@ def bench_sampling(bench, cases=SAMPLED):
                 other, _ = bench.time(work, 1)
         ours, memory = bench.time(work, 3)
         config = model.config
-        weights = 2 * sum(
-            p.numel() for p in [*model.spatial_blocks.parameters(), *model.factorized_blocks.parameters()]
-        )
+        blocks = [*model.spatial_blocks.parameters(), *model.factorized_blocks.parameters()]
+        weights = 2 * sum(p.numel() for p in blocks)
         # Bytes at the middle token
         cache = 2 * batch * config.spatial_layers * 2 * config.width * 2 * grid**2 / 2
         share = grid**2 * (weights + cache) / ours / bench.bandwidth
@@ -281,13 +277,9 @@ def bench_decoder(bench, batch=50):
     yield row(f"256_L decoder, {batch} images", ours, other, memory, DECODER * batch / ours / bench.flops, batch)
 
 
-ROWS = {
-    "entropy": bench_entropy,
-    "tokenizer": bench_tokenizer,
-    "transformer": bench_transformer,
-    "sample": bench_sampling,
-    "decode": bench_decoder,
-}
+ROWS = {"entropy": bench_entropy, "tokenizer": bench_tokenizer, "transformer": bench_transformer}
+ROWS |= {"sample": bench_sampling, "decode": bench_decoder}
+
 
 if __name__ == "__main__":
     runtime.run_script(main)

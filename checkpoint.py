@@ -201,7 +201,7 @@ def _fetch(url, path):
                 with urllib.request.urlopen(request, timeout=60) as answer:
                     rest, length = answer.headers["Content-Range"], answer.headers["Content-Length"]
                     size = part.truncate(start if rest else 0)  # some servers only send all of it
-                    whole = int((rest or length or "-1").rpartition("/")[2])
+                    whole = int((rest or length or "-1").rpartition("/")[2].replace("*", "-1"))  # * or -1: unknown
                     with tqdm.wrapattr(answer, "read", whole, initial=size, desc=path.name, disable=None) as stream:
                         shutil.copyfileobj(stream, part)
                 if whole not in (size := part.seek(0, os.SEEK_END), -1):
@@ -211,7 +211,7 @@ def _fetch(url, path):
             except (OSError, http.client.HTTPException) as error:  # worth another try; but not too many bytes
                 if getattr(error, "code", None) == 416 and start:  # nothing follows: it is whole, or of another file
                     part.truncate(start - 1 if error.headers["Content-Range"] == f"bytes */{start}" else 0)
-                elif part.seek(0, os.SEEK_END) == start:
+                elif part.seek(0, os.SEEK_END) <= start:
                     raise
     Path(part.name).unlink(missing_ok=True)
 

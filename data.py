@@ -81,8 +81,8 @@ def open_pictures(source, size, train, seed=0, labelled=True):
 
     source: a folder with one folder a class (pictures at any depth below), or built-in `glyphs[:COUNT[:CLASSES]]`.
     train: a random crop, a function of (seed, epoch, index), instead of the centre crop; glyphs: other pictures.
-    labelled: False takes any picture at any depth of a folder, with label 0 of the one class "all"; None does so too,
-    unless all of them lie in class folders.
+    labelled: False takes any picture at any depth of a folder, with label 0 of the one class "all"; None does so too
+    where there are no class folders, or one without pictures.
     size: None takes pictures as they are, neither resized nor cropped; `.shape` is None then.
 
     Returns a dataset with `len()`, `.source`, `.classes` (names; folders sorted), `.labels` (int64 array), `.shape`
@@ -102,7 +102,7 @@ class PictureFolder:
         self.shape, self.smallest = size and (size, size), (1, 1)
         found = _pictures_by_class(self.source)
         if labelled is None:
-            labelled = all(bool(paths) == (name != ".") for name, paths in found.items())
+            labelled = len(found) > 1 and all(paths for name, paths in found.items() if name != ".")
         if not labelled:
             found = {".": [path for paths in found.values() for path in paths]}
         elif len(found) > 1:

@@ -32,7 +32,7 @@ PUBLISHED_BATCH = 4  # the published PSNR is taken over mini-batches of so many 
 SMALLEST = {"SSIM": 7, "LPIPS VGG": 16, "LPIPS AlexNet": 31}  # side, in pixels, of a picture that has one
 
 
-def side(text):
+def pixels_or_original(text):
     return text if text == "original" else at_least(1)(text)
 
 
@@ -41,7 +41,12 @@ def parse(argv=None):
     add = arguments.add_argument_group("protocol").add_argument
     add("--tokenizer", required=True, help="a name (256_L, pretrain_256_16384, ...), a file, or a run's folder")
     add("--data", default="glyphs:5000", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
-    add("--size", type=side, default=256, help="side of the crops, pixels; or 'original': no resize, no crop, batch 1")
+    add(
+        "--size",
+        type=pixels_or_original,
+        default=256,
+        help="side of the crops, pixels; or 'original': no resize, no crop, batch 1",
+    )
     add("--raw", action="store_true", help="the training weights, not their moving average")
     add("--rounding", action="store_true", help="round to uint8 for PSNR and SSIM; published: truncate")
     add("--precision", default="fp32", help="of the tokenizer: fp32, bf16 or fp16; the metrics stay in fp32")
@@ -175,9 +180,10 @@ def main():
         short, whole = [name.with_suffix(".png") for name in names], [Path(f"{name}.png") for name in names]
         times = Counter(short + whole)
         paths = [png if times[png] == 1 else other for png, other in zip(short, whole)]
-        folders, source = {path.parent.resolve() for path in paths}, Path(args.data).resolve()
-        if any(folder.is_relative_to(source) for folder in folders):
-            raise UserError(f"--save-pictures {args.save_pictures} would write below --data; give another folder")
+        originals = {Path(args.data, pictures.name(index)).resolve() for index in range(len(pictures))}
+        places = {path.resolve() for path in paths}
+        if places & originals or any(place.is_relative_to(Path(args.data).resolve()) for place in places):
+            raise UserError(f"--save-pictures {args.save_pictures} would write among --data; give another folder")
     tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw).to(rt.device, memory_format=rt.layout)
     if size and size % tokenizer.factor:
         raise UserError(f"--size {size} is not a multiple of {tokenizer.factor}, this tokenizer's factor")
@@ -203,6 +209,8 @@ def main():
         if args.html is not None and index < LIMIT:
             words = "given back exactly (PSNR infinite)" if psnr == math.inf else f"{psnr:.2f} dB"
             entries.append((f"{pictures.name(index)}: {words}", [data.to_picture(x), data.to_picture(y)]))
+            for picture in entries[-1][1]:
+                picture.thumbnail((1024, 1024))  # at most
 
     measured = measure(rt, args, tokenizer, pictures, inception, perceptual, keep)
     entries = [entry for share in rt.gather(entries) for entry in share]  # in order
@@ -222,13 +230,13 @@ def main():
         "device": f"{rt.device.type} x {rt.world}, tokenizer in {args.precision}, torch {torch.__version__}",
     }
     report(rt, numbers, notes, protocol)
+    values = {name: str(value) if value == math.inf else value for name, value in numbers.items()}
+    runtime.write_json(out / "metrics.json", values | {"notes": notes, "protocol": protocol})
     with runtime.replacing(out / "reconstructions.png") as file:
         data.picture_grid(shown, columns=len(shown) // 2).save(file, "PNG")
     if args.html is not None:
         page = args.html or out / "reconstructions.html"
         write_page(page, f"Rebuilt by {args.tokenizer}", entries, numbers["pictures"])
-    numbers = {name: str(value) if value == math.inf else value for name, value in numbers.items()}
-    runtime.write_json(out / "metrics.json", numbers | {"notes": notes, "protocol": protocol})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import itertools
 
 import runtime
 
-LIMIT = 500  # entries on a page: a browser has to hold them all
+LIMIT = 100  # entries on a page: a browser has to hold them all
 LEGIBLE = 128  # pixels: a smaller picture is shown as many times larger as its long side goes into this
 HEAD = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{0}</title><style>
 :root {{ color-scheme: light dark; font: 14px/1.4 system-ui, sans-serif }} main {{ display: flex; flex-wrap: wrap }}

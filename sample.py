@@ -55,7 +55,7 @@ def parse(argv=None):
     pair = {"nargs": 2, "metavar": ("PRE", "POST")}
     add = arguments.add_argument_group("what").add_argument
     add("--model", required=True, help="transformer: a file, a run folder, emoji (in here), or B, L, XL (downloaded)")
-    add("--tokenizer", help="a file, a run folder, 128_L or 256_L; default: the one in the model's file")
+    add("--tokenizer", help="a file, a run folder or a released name; default: the one in the model's file")
     add("--given", help="pictures to go on from: a folder, or glyphs[:COUNT[:CLASSES]]; in a grid, a column each")
     add("--given-rows", type=at_least(1), help="upper rows of their tokens to keep; default: half of them")
     add("--out", required=True, help="X.png: a grid, a class a row; X.npz: uint8 (N, H, W, 3); or a folder")
@@ -89,7 +89,8 @@ def main():
 
     # What the flags leave open follows from the kind of output.
     grid, side = kind == "grid", model.config.grid * tokenizer.factor
-    preset = args.preset or ("emoji" if args.model == "emoji" else "show" if grid else "paper")
+    ours = os.path.realpath(files["model"]) == os.path.realpath(RELEASED_AR["emoji"])
+    preset = args.preset or ("emoji" if ours else "show" if grid else "paper")
     defaults = PRESETS[paper_size(model.config.width) if preset == "paper" else preset]
     options = {name: getattr(args, name) or pair for name, pair in defaults.items()}
     classes = choose_classes(args.classes, model.class_names, len(names), spread=grid)

@@ -230,6 +230,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         else:
             self.answer(206, len(CONTENT) - start, ranged)
         end = start + 100_000 if "breaks" in kind or kind == "hangs" else len(CONTENT)
+        end = 100_000 // len(Server.asked) if kind == "plain-wanes" else end
         self.wfile.write(CONTENT[start:end])
         self.close_connection = True
         if kind == "hangs":
@@ -310,6 +311,12 @@ def test_a_server_that_breaks_and_knows_no_ranges(address, cache):
         checkpoint.download(f"{address}/plain-breaks/x.pt")
     assert [p.name for p in cache.iterdir()] == ["x.pt.part"] and len(Server.asked) == 2
     assert is_whole(checkpoint.download(f"{address}/plain/x.pt"))  # and not appended to the part
+
+
+def test_a_server_that_knows_no_ranges_and_sends_ever_less(address, cache):
+    with pytest.raises(UserError, match=f"could not download .* of {len(CONTENT)} bytes came"):
+        checkpoint.download(f"{address}/plain-wanes/x.pt")
+    assert len(Server.asked) == 2 and not (cache / "x.pt").exists()
 
 
 def test_a_server_that_sends_another_range_than_it_says(address, cache):

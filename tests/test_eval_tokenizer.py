@@ -335,8 +335,16 @@ def test_names_of_saved_pictures(evaluate, tmp_path):
 def test_originals_are_never_written_over(evaluate, files, tmp_path):
     (tmp_path / "link").symlink_to(files.folder / "pictures")
     for folder in (files.folder / "pictures", files.folder / "pictures" / "new", tmp_path / "link"):
-        with pytest.raises(UserError, match="would write below --data; give another folder$"):
+        with pytest.raises(UserError, match="would write among --data; give another folder$"):
             evaluate("--save-pictures", folder)
+    # Originals that --data reaches through links: to their folder, and to one of them.
+    (tmp_path / "views").mkdir()
+    (tmp_path / "views" / "pictures").symlink_to(files.folder / "pictures")
+    (tmp_path / "view").mkdir()
+    (tmp_path / "view" / "0.png").symlink_to(files.folder / "pictures" / "0.png")
+    for view, folder in (("views", files.folder), ("view", files.folder / "pictures")):
+        with pytest.raises(UserError, match="would write among --data; give another folder$"):
+            evaluate("--data", tmp_path / view, "--save-pictures", folder)
     assert sorted(os.listdir(files.folder / "pictures")) == [f"{number}.png" for number in range(6)]
     (tmp_path / "file").write_text("")
     flags = ["--size", "original", "--workers", 0, "--out", tmp_path / "out", "--save-pictures", tmp_path / "file"]
@@ -383,4 +391,4 @@ def test_what_the_user_gets_wrong(evaluate, files, tmp_path):
     absent = ["--tokenizer", tokenizer, "--data", tmp_path / "absent"]
     assert "no picture folder" in fails_with_one_line("eval_tokenizer.py", *absent)
     line = fails_with_one_line("eval_tokenizer.py", *absent, "--size", "large")
-    assert "argument --size: invalid side value: 'large'" in line
+    assert "argument --size: invalid pixels_or_original value: 'large'" in line
