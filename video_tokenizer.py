@@ -4,7 +4,7 @@
     indices = tokenizer.encode(clips)              # (B, 3, T, H, W) in [-1, 1] -> (B, t, h, w) in 0..2^K-1
     clips = tokenizer.decode(indices)              # unclamped: clamp when you need pixels
 
-17 x 128 x 128 pixels are 5 x 16 x 16 tokens of video_128. Any height and width that the factor f divides (8), and any T;
+For video_128, 17 x 128 x 128 pixels are 5 x 16 x 16 tokens. Any height and width that the factor f divides (8), any T;
 but only T = 1 + a multiple of the factor in time (4) comes back whole, see `rebuilt_frames`. Convolutions see no later
 frame; normalizations span all frames, so a frame's tokens do depend on later ones.
 
@@ -20,8 +20,9 @@ from lfq import LFQ, indices_to_codes
 from runtime import UserError
 from tokenizer import AdaptiveGroupNorm, TokenizerConfig, config_of, group_norm, norm_silu
 
-# video_128 is the released one. video_tiny is ours, for tests and first runs on a CPU: factor 4, also in time.
-VIDEO_SIZES = {"video_tiny": TokenizerConfig(32, (2, 2, 4), 1), "video_128": TokenizerConfig(128, (1, 2, 2, 4), 4)}
+# video_128 is the released one. video_tiny is ours, for tests and first runs on a CPU: factor 4, in time too; 64 wide,
+# since norms at 32, where each channel is a group of its own, take away much of colours.
+VIDEO_SIZES = {"video_tiny": TokenizerConfig(32, (2, 2, 2), 1), "video_128": TokenizerConfig(128, (1, 2, 2, 4), 4)}
 
 
 def time_strides(config):
@@ -43,7 +44,7 @@ class CausalConv(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C_in, T, H, W) -> (B, C_out, T, H, W). No convolution has a bias."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C_in, T, H, W) -> (B, C_out, T, H, W). No conv has a bias."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -64,7 +65,7 @@ def res_blocks(c_in, c_out, count):
 
 
 class Upsampler(nn.Module):
-    """Doubles the resolution, (B, C, t, h, w) -> (B, C, t, 2 h, 2 w), or with time_stride 2 -> (B, C, 2 t - 1, 2 h, 2 w):
+    """Doubles the resolution, (B, C, t, h, w) -> (B, C, t, 2 h, 2 w), or with time_stride 2 (B, C, 2 t - 1, 2 h, 2 w):
     conv to more channels, then depth to space."""
 
     def __init__(self, channels, time_stride):
@@ -195,9 +196,7 @@ def inflate(image_state):
     for name, value in expected.items():
         weight = image_state[name.replace(".conv_1.", ".")]
         weight = torch.cat([weight] * (len(value) // len(weight)))  # twice for an Upsampler that doubles frames
-        if value.ndim == 5:  # a convolution sees the frame itself, and nothing of those before it
-            weight = pad(
-                weight[:, :, None], (0, 0, 0, 0, value.shape[2] - 1, 0)
-            )  # (C_out, C_in, 3, 3) -> (.., 3, 3, 3)
+        if value.ndim == 5:  # (C_out, C_in, h, w) -> (C_out, C_in, t, h, w): sees the frame, nothing of those before it
+            weight = pad(weight[:, :, None], (0, 0, 0, 0, value.shape[2] - 1, 0))
         video_state[name] = weight
     return video_state

@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_files import checkpoint_keys, fill, load, named_tensor, relative
 
 import losses
@@ -267,3 +269,97 @@ def test_golden_gradient(lpips):
     lpips, discriminator = copy.deepcopy(lpips).double(), discriminator_filled().double()
     loss, _ = losses.generator_loss(golden["x"], y, QUANTIZER, lpips, discriminator, gan_weight=0.3)
     assert relative(torch.autograd.grad(loss, y)[0], golden["grad"]) < 1e-5
+
+
+# A trajectory against plain functions in float64 -----------------------------------------------------------
+
+
+def plain_tokenizer(p, x, multipliers, bits):
+    """Reconstruction and the quantizer's losses by the parameters `p` and the published text, one block a level."""
+    strides = [1 if multiplier == 1 else 2 for multiplier in multipliers[:-1]]
+
+    def conv(name, x, stride=1):
+        weight = p[f"{name}.conv_1.weight"]
+        side = weight.shape[3] // 2
+        x = F.pad(x, (side, side, side, side, weight.shape[2] - 1, 0))
+        return F.conv3d(x, weight, p.get(f"{name}.conv_1.bias"), stride)
+
+    def norm_silu(name, x):
+        x = F.group_norm(x, 32, p[f"{name}.weight"], p[f"{name}.bias"], 1e-6)
+        return x / (1 + (-x).exp())
+
+    def block(name, x):
+        y = conv(f"{name}.conv1", norm_silu(f"{name}.norm1", x))
+        y = conv(f"{name}.conv2", norm_silu(f"{name}.norm2", y))
+        return y + (conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.conv_1.weight" in p else x)
+
+    def upsample(name, x, r):
+        x = conv(f"{name}.conv1", x)
+        batch, channels, frames, height, width = x.shape
+        channels //= 4 * r
+        y = x.new_zeros(batch, channels, r * frames, 2 * height, 2 * width)
+        for dt, dy, dx in itertools.product(range(r), range(2), range(2)):
+            first = ((dt * 2 + dy) * 2 + dx) * channels
+            y[:, :, dt::r, dy::2, dx::2] = x[:, first : first + channels]
+        return y[:, :, [frame for frame in range(r * frames) if r == 1 or frame != 1]]
+
+    x = conv("encoder.conv_in", x)
+    for i in range(len(multipliers)):
+        x = block(f"encoder.down.{i}.block.0", x)
+        if i < len(strides):
+            x = conv(f"encoder.down.{i}.downsample", x, (strides[i], 2, 2))
+    z = conv("encoder.conv_out", norm_silu("encoder.norm_out", block("encoder.mid_block.0", x)))
+
+    tokens = z.permute(0, 2, 3, 4, 1).reshape(-1, bits)
+    codes = z.new_tensor(list(itertools.product((-1, 1), repeat=bits)))
+    assignment = (2 * tokens @ codes.T / 0.01).log_softmax(1)
+    mean = assignment.exp().mean(0)
+    entropy = -(assignment.exp() * assignment).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
+    signs = z.sign().detach()
+    q = z + signs - z.detach()
+
+    x = block("decoder.mid_block.0", conv("decoder.conv_in", q))
+    variance, mean = q.flatten(2).var(2, unbiased=True), q.flatten(2).mean(2)
+    for i in reversed(range(len(multipliers))):
+        name = f"decoder.adaptive.{i}"
+        scale = F.linear((variance + 1e-6).sqrt(), p[f"{name}.gamma.weight"], p[f"{name}.gamma.bias"])
+        bias = F.linear(mean, p[f"{name}.beta.weight"], p[f"{name}.beta.bias"])
+        x = F.group_norm(x, 32, eps=1e-6) * scale[..., None, None, None] + bias[..., None, None, None]
+        x = block(f"decoder.up.{i}.block.0", x)
+        if i > 0:
+            x = upsample(f"decoder.up.{i}.upsample", x, strides[i - 1])
+    y = conv("decoder.conv_out", norm_silu("decoder.norm_out", x))
+    return y, entropy, (z - signs).square().mean()
+
+
+def test_three_steps_are_those_of_plain_functions():
+    """Losses, weights and averages. Clips of 6 frames, of which 5 come back. LPIPS and D are left to golden files."""
+    config = TokenizerConfig(64, (1, 2, 1), 1, bits=6)
+    tokenizer = VideoTokenizer(config).double()
+    average = copy.deepcopy(tokenizer)
+    optimizer = torch.optim.Adam(tokenizer.parameters(), 1e-3, betas=(0.5, 0.9))
+    plain = {name: p.detach().clone().requires_grad_() for name, p in tokenizer.named_parameters()}
+    plain_average = {name: p.detach().clone() for name, p in plain.items()}
+    first, second = ({name: torch.zeros_like(p) for name, p in plain_average.items()} for _ in range(2))
+    for step in (1, 2, 3):
+        x = torch.rand(2, 3, 6, 8, 8, dtype=torch.float64) * 2 - 1
+
+        y, _, quantizer = tokenizer(x)
+        loss, _ = losses.generator_loss(x[:, :, : tokenizer.rebuilt_frames(6)], y, quantizer)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.update_ema(list(average.parameters()), list(tokenizer.parameters()))
+
+        y, entropy, commitment = plain_tokenizer(plain, x, config.channel_multipliers, config.bits)
+        plain_loss = (x[:, :, :5] - y).abs().mean() + 0.1 * entropy + 0.25 * commitment
+        assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-9)
+        for name, gradient in zip(plain, torch.autograd.grad(plain_loss, list(plain.values())), strict=True):
+            first[name] = 0.5 * first[name] + 0.5 * gradient
+            second[name] = 0.9 * second[name] + 0.1 * gradient**2
+            deviation = (second[name] / (1 - 0.9**step)).sqrt() + 1e-8
+            plain[name].data -= 1e-3 * first[name] / (1 - 0.5**step) / deviation
+            plain_average[name] = 0.999 * plain_average[name] + 0.001 * plain[name].data
+    for ours, theirs in ((tokenizer, plain), (average, plain_average)):
+        for name, parameter in ours.named_parameters():
+            assert relative(parameter, theirs[name].detach()) < 1e-8, name
