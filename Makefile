@@ -1,13 +1,13 @@
 # make demo    the whole street on built-in pictures, a few minutes on a CPU
 # make test    the tests
-# Both first make a virtual environment in .venv and install requirements.txt there.
+# Both first make a virtual environment in .venv and install there requirements.txt and what reads videos.
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-video.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(addprefix -r ,$^)
 	touch $@
 
 demo: .venv/installed

@@ -155,6 +155,14 @@ def _fault(value, due):
     return None
 
 
+def load_network(network, path, what):
+    """(network with the weights in the file `path`, the file's SHA-256); UserError where it does not hold `what`."""
+    entries = entries_of(read_weights(path), path)
+    match(entries, network.state_dict(), path, what)
+    network.load_state_dict(entries)
+    return network, hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def hash_of(state):
     """sha256 over a state dict's names and bytes, in order of the names."""
     digest = hashlib.sha256()

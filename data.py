@@ -33,13 +33,14 @@ from glyphs import Glyphs
 from runtime import UserError, printable, reading, reason_of, split_batch
 
 EXTENSIONS = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp"  # in capitals too
+ENDINGS = tuple(EXTENSIONS.split())
 # Pillow goes by content, not by name, and would hand PostScript to an interpreter: it may open these only.
-FORMATS = sorted({Image.registered_extensions().get(extension) for extension in EXTENSIONS.split()} - {None})
+FORMATS = sorted({Image.registered_extensions().get(extension) for extension in ENDINGS} - {None})
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: editors write megabytes of history
 BAD_SHARE = 0.01  # of a data set's pictures may be unreadable; more stops the run
 _named = set()  # (source, name) of unreadable pictures that this process has named: an evaluation meets them again
 
-# First number of each random stream's seed: keeps apart what is drawn from equal numbers behind it. 2 is glyphs.py's.
+# First number of each random stream's seed: keeps apart what is drawn from equal numbers behind it. 2, 4, 5: elsewhere.
 ORDER, CROP, CODE_CROP = 0, 1, 3
 
 
@@ -97,10 +98,12 @@ def open_pictures(source, size, train, seed=0, labelled=True):
 class PictureFolder:
     """See `open_pictures`. smallest: at size None, a picture with a shorter (short, long) side counts as unreadable."""
 
+    kind, endings = "pictures", EXTENSIONS  # in messages
+
     def __init__(self, source, size, train=False, seed=0, labelled=True):
         self.source, self.size, self.train, self.seed = Path(source), size, train, seed
         self.shape, self.smallest = size and (size, size), (1, 1)
-        found = _pictures_by_class(self.source)
+        found = dict(sorted(self._by_class().items()))
         if labelled is None:
             labelled = len(found) > 1 and all(paths for name, paths in found.items() if name != ".")
         if not labelled:
@@ -108,12 +111,12 @@ class PictureFolder:
         elif len(found) > 1:
             del found["."]  # pictures beside the class folders
         elif found["."]:
-            words = f"its {len(found['.'])} pictures lie directly in it; give each class a folder of its own"
+            words = f"its {len(found['.'])} {self.kind} lie directly in it; give each class a folder of its own"
             raise UserError(f"{source} has no class folders, {words}")
         for name, paths in found.items():
             if not paths:
-                words = f"({EXTENSIONS}; a folder linked to twice counts once)"
-                raise UserError(f"the folder {self.source / name} holds no pictures {words}")
+                words = f"{self.kind} ({self.endings}; a folder linked to twice counts once)"
+                raise UserError(f"the folder {self.source / name} holds no {words}")
         self.classes = list(found) if labelled else ["all"]
         # One flat array, because a list of a million strings is copied into every worker as it is touched.
         self.paths = np.array([os.fsencode(path) for paths in found.values() for path in sorted(paths)])
@@ -123,7 +126,15 @@ class PictureFolder:
         first = read_batch(self, [(0, 0)], enough_tries(self))
         if not len(first.images):
             words = f"can be read; {self.name(0)}: {first.unreadable[0]}"
-            raise UserError(f"not one of the first {enough_tries(self)} pictures in {source} {words}")
+            raise UserError(f"not one of the first {enough_tries(self)} {self.kind} in {source} {words}")
+
+    def _by_class(self):
+        """{class folder: the paths, from `source` on, of its pictures at any depth}; under "." those in none."""
+        found = {}
+        for folder, files in walk(self.source):
+            pictures = [name for name in files if name.lower().endswith(ENDINGS)]
+            found.setdefault(folder.split("/")[0], []).extend(os.path.normpath(f"{folder}/{name}") for name in pictures)
+        return found
 
     def __len__(self):
         return len(self.paths)
@@ -144,27 +155,21 @@ class PictureFolder:
         return to_tensor(picture), int(self.labels[index])
 
 
-def _pictures_by_class(source):
-    """{class folder in `source`, sorted: the paths, from `source` on, of its pictures at any depth}; under "." those in
-    no class folder.
-
-    Hidden files and folders are left out. Links to folders are followed, after all that is there without them, and to
-    no folder that was seen before: neither a loop nor a second way adds pictures."""
-    found, seen, tops = {}, set(), [source]
+def walk(source):
+    """Yields (path from `source` on, names of its files) for `source` and each folder below, but for what is hidden.
+    Links to folders are followed, after all that is there without them; a folder seen before is shown empty: neither a
+    loop nor a second way adds files."""
+    seen, tops = set(), [source]
     for top in tops:  # grows by the links on the way
         for folder, inside, files in os.walk(top, onerror=_stop):
             place, below = os.path.realpath(folder), os.path.relpath(folder, source)
-            paths = found.setdefault(below.split("/")[0], [])
             if place in seen:
                 inside.clear()
-                continue
+                files.clear()
             seen.add(place)
             inside[:] = sorted(name for name in inside if not name.startswith("."))
             tops += [f"{folder}/{name}" for name in inside if os.path.islink(f"{folder}/{name}")]
-            shown = [name for name in files if not name.startswith(".")]
-            pictures = [name for name in shown if os.path.splitext(name)[1].lower() in EXTENSIONS.split()]
-            paths += [os.path.normpath(f"{below}/{name}") for name in pictures]
-    return dict(sorted(found.items()))
+            yield below, [name for name in files if not name.startswith(".")]
 
 
 def _stop(error):
@@ -180,20 +185,25 @@ def identity(pictures):
 
 
 @contextlib.contextmanager
-def opened(path):
-    """The picture at `path`, opened by Pillow and not yet decoded. Raises whatever Pillow raises for a file that is
-    damaged, no picture, or so large that Pillow takes it for a decompression bomb."""
+def plain_file(path):
     # Without waiting: opening a named pipe would, for somebody who writes into it.
     with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
         if not os.path.isfile(file.fileno()):
             raise ValueError("it is no plain file")
-        # Palettes with transparency, broken EXIF, sizes short of a bomb: nothing that changes pixels.
-        with warnings.catch_warnings(action="ignore"):
-            try:
-                picture = Image.open(file, formats=FORMATS)
-            except UnidentifiedImageError:
-                raise ValueError(f"it is not a picture that Pillow reads as {', '.join(FORMATS)}") from None
-            yield picture
+        yield file
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The picture at `path`, opened by Pillow and not yet decoded. Raises whatever Pillow raises for a file that is
+    damaged, no picture, or so large that Pillow takes it for a decompression bomb."""
+    # Warnings: palettes with transparency, broken EXIF, sizes short of a bomb: nothing that changes pixels.
+    with plain_file(path) as file, warnings.catch_warnings(action="ignore"):
+        try:
+            picture = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"it is not a picture that Pillow reads as {', '.join(FORMATS)}") from None
+        yield picture
 
 
 def load_rgb(path):

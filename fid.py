@@ -189,20 +189,20 @@ def open_folder(rt, folder):
 
 
 class NpzPictures:
-    """The pictures `arr_0` (N, H, W, 3) of an .npz, read from the disk one by one as `pictures[epoch, index]`."""
+    """The pictures, or clips, `arr_0` (N, *axes, 3) of an .npz, read from the disk one by one as `[epoch, index]`."""
 
-    def __init__(self, path):
+    def __init__(self, path, what="pictures", axes=("height", "width")):
         self.source, self.array = path, npz_array(path, "arr_0")
-        shape, kind = self.array.shape, self.array.dtype
-        if kind != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            raise UserError(f"arr_0 of {path} is {kind} of shape {shape}; pictures are uint8, (N, height, width, 3)")
-        self.shape = shape[1:3]
+        shape, kind, due = self.array.shape, self.array.dtype, f"uint8, (N, {', '.join(axes)}, 3)"
+        if kind != np.uint8 or len(shape) != len(axes) + 2 or shape[-1] != 3 or 0 in shape:
+            raise UserError(f"arr_0 of {path} is {kind} of shape {shape}; {what} are {due}")
+        self.shape = shape[1:-1]
 
     def __len__(self):
         return len(self.array)
 
     def __getitem__(self, entry):
-        return torch.from_numpy(np.array(self.array[entry[1]])).permute(2, 0, 1), 0
+        return torch.from_numpy(np.array(self.array[entry[1]])).movedim(-1, 0), 0
 
 
 def load_stats(path, names):
@@ -252,9 +252,9 @@ def npz_array(path, name, shape=None):
 def moments(features):
     """Mean (D,) and sample covariance (D, D) of features (N, D), in float64, as NumPy arrays."""
     if len(features) < 2:
-        raise UserError(f"a covariance needs at least two pictures, not {len(features)}")
+        raise UserError(f"a covariance needs at least two pictures or clips, not {len(features)}")
     if not features.isfinite().all():
-        raise UserError("Inception's features are not finite: see to its weights")
+        raise UserError("the network's features are not finite: see to its weights")
     mean, scatter = features.mean(0, dtype=torch.float64), 0
     for part in features.split(10_000):
         (centred,) = float64(part - mean)
@@ -266,8 +266,8 @@ def gather_rows(rt, parts, width):
     """All ranks' rows, in the order of ranks, as one (N, width) tensor on the main process; None on the others. parts:
     this rank's list of (n, width) tensors, perhaps empty."""
     rows = torch.cat([torch.zeros(0, width), *(part.cpu() for part in parts)])
-    if rows.isnan().any():
-        raise UserError("what was computed of the pictures is not finite: see to the weights")
+    if any(rt.gather(rows.isnan().any().item())):  # on all ranks or none
+        raise UserError("what was computed is not finite: see to the weights")
     if rt.world == 1:
         return rows
     shares = [None] * rt.world if rt.main else None

@@ -26,10 +26,10 @@ class Glyphs:
 
     def __init__(self, source, size, train, seed=0):
         self.source, self.shape, self.train, self.seed = source, (size, size), train, seed
-        parts = source.split(":")[1:]
+        kind, *parts = source.split(":")
         count, classes = parts + [COUNT, CLASSES][len(parts) :] if len(parts) < 3 else ("", "")
         if not (count.isdecimal() and len(count) < 10 and int(count) > 0 and classes.isascii() and classes.isalnum()):
-            raise UserError(f"'{source}' is not glyphs:COUNT:CLASSES, for instance glyphs:4000:ABCDEFGH")
+            raise UserError(f"'{source}' is not {kind}:COUNT:CLASSES, for instance {kind}:4000:ABCDEFGH")
         if len(set(classes)) < len(classes):
             raise UserError(f"the glyph classes {classes} name a letter twice")
         if size is None or size < 16:
@@ -54,15 +54,20 @@ class Glyphs:
 def draw_glyph(letter, size, rng):
     """One letter 60 to 85 % of the side high (less if it would not fit), turned by up to 15 degrees, in one colour on a
     ground of two. Returns uint8 (S, S, 3)."""
+    ground, colour = scene(size, rng)
+    mask = _letter_mask(letter, size, rng)[..., None]
+    return (255 * (ground + mask * (colour - ground)) + 0.5).astype(np.uint8)
+
+
+def scene(size, rng):
+    """A ground of two colours, (S, S, 3), and a letter's colour that stands out from it, (3,), from 0 to 1."""
     light = [rng.uniform(0.65, 0.95), rng.uniform(0.65, 0.95)]
     dark = [rng.uniform(0.05, 0.3), rng.uniform(0.05, 0.3)]
     ground_lumas, letter_lumas = (light, dark) if rng.random() < 0.5 else (dark, light)
     first, second = (_colour(rng, luma) for luma in ground_lumas)
     colour = _colour(rng, letter_lumas[0])
     texture = _texture(size, rng)[..., None]  # (S, S, 1)
-    ground = first + texture * (second - first)  # (S, S, 3)
-    mask = _letter_mask(letter, size, rng)[..., None]
-    return (255 * (ground + mask * (colour - ground)) + 0.5).astype(np.uint8)
+    return first + texture * (second - first), colour
 
 
 def _colour(rng, luma):
@@ -100,7 +105,7 @@ def _letter_mask(letter, size, rng):
     fine = 4 if size <= 64 else 2
     side = size * fine
     # Size: what was drawn, unless the turned letter would leave the picture.
-    left, top, right, bottom = _font(100).getbbox(letter, anchor="ls", stroke_width=3)
+    left, top, right, bottom = letter_box(letter)
     width, height, angle = right - left, bottom - top, rng.uniform(-15, 15)
     cosine, sine = np.cos(np.radians(angle)), abs(np.sin(np.radians(angle)))
     turned_width, turned_height = width * cosine + height * sine, height * cosine + width * sine
@@ -108,12 +113,22 @@ def _letter_mask(letter, size, rng):
     # Place: anywhere inside.
     x = side / 2 + (side - turned_width * scale) * rng.uniform(-0.48, 0.48)
     y = side / 2 + (side - turned_height * scale) * rng.uniform(-0.48, 0.48)
+    mask = upright_letter(letter, side, scale, x, y)
+    return np.asarray(mask.rotate(angle, Image.Resampling.BICUBIC, center=(x, y)).reduce(fine)) / 255
+
+
+def letter_box(letter):  # its left, top, right and bottom at scale 1
+    return _font(100).getbbox(letter, anchor="ls", stroke_width=3)
+
+
+def upright_letter(letter, side, scale, x, y):
+    """A grey Pillow picture of side x side pixels: the letter, white on black, the middle of its box at (x, y)."""
+    left, top, right, bottom = letter_box(letter)
     mask = Image.new("L", (side, side))
     corner = x - scale * (left + right) / 2, y - scale * (top + bottom) / 2
     stroke = round(3 * scale)
     ImageDraw.Draw(mask).text(corner, letter, 255, _font(round(100 * scale)), anchor="ls", stroke_width=stroke)
-    mask = mask.rotate(angle, Image.Resampling.BICUBIC, center=(x, y)).reduce(fine)
-    return np.asarray(mask) / 255
+    return mask
 
 
 def nearest_letters(pictures, letters, poses=200):

@@ -9,7 +9,6 @@ evaluator and torch-fidelity, all generation numbers of the paper; "half-pixel" 
 Letters: B batch, C channels, H W pixels, h w feature map."""
 
 import functools
-import hashlib
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import checkpoint
-from runtime import exact_float32, reading
+from runtime import exact_float32
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the last word is the start of its SHA-256
 INCEPTION_ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -201,12 +200,8 @@ def resize_tf1(x, size):
 def load_inception(path=None):
     """(InceptionV3 with weights, SHA-256 of the file) from `path`, or from torch's hub cache, downloaded once.
     Raises UserError where there is no such file, no network to fetch it, or the file is another network's."""
-    path = Path(path) if path else checkpoint.download(INCEPTION_ADDRESS)
-    entries, model = checkpoint.entries_of(checkpoint.read_weights(path), path), InceptionV3()
-    checkpoint.match(entries, model.state_dict(), path, f"the Inception network ({INCEPTION_FILE})")
-    model.load_state_dict(entries)
-    with reading(path, "a weights file"):
-        return model, hashlib.sha256(path.read_bytes()).hexdigest()
+    path = path or checkpoint.download(INCEPTION_ADDRESS)
+    return checkpoint.load_network(InceptionV3(), path, f"the Inception network ({INCEPTION_FILE})")
 
 
 def weights_in_words(sha256):

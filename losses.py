@@ -3,7 +3,8 @@
     generator      mean(|x - y| + LPIPS(x, y)) + 0.1 * GAN + 0.1 * entropy + 0.25 * commitment
     discriminator  hinge(D(x), D(y)) + w * LeCAM          w = 0.05 at 256, 0.01 at 128
 
-x image, y unclamped reconstruction, both (B, 3, H, W) in [-1, 1]. All terms from the first step on."""
+x image, y unclamped reconstruction, both (B, 3, H, W) in [-1, 1]. All terms from the first step on. Of videos x and y
+are clips (B, 3, T, H, W), LPIPS goes frame by frame, D is a PatchDiscriminator3D, and the weight of GAN is 0.3."""
 
 import itertools
 from collections import OrderedDict
@@ -140,29 +141,35 @@ class PatchDiscriminator(nn.Module):
 
     BatchNorm is per device and in train mode throughout, also when D scores the generator; x and y go through apart."""
 
-    def __init__(self):
+    def __init__(self, conv=nn.Conv2d, norm=nn.BatchNorm2d, kernel=4, strides=(2, 2, 2, 1, 1)):
         super().__init__()
 
         def block(c_in, c_out, stride):
-            conv = nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False)
-            return conv, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)
+            return conv(c_in, c_out, kernel, stride, padding=1, bias=False), norm(c_out), nn.LeakyReLU(0.2)
 
         self.main = nn.Sequential(
-            nn.Conv2d(3, 64, 4, stride=2, padding=1),
+            conv(3, 64, kernel, strides[0], padding=1),
             nn.LeakyReLU(0.2),
-            *block(64, 128, stride=2),
-            *block(128, 256, stride=2),
-            *block(256, 512, stride=1),
-            nn.Conv2d(512, 1, 4, padding=1),
+            *block(64, 128, strides[1]),
+            *block(128, 256, strides[2]),
+            *block(256, 512, strides[3]),
+            conv(512, 1, kernel, strides[4], padding=1),
         )
         for layer in self.main:
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, conv):
                 nn.init.normal_(layer.weight, 0, 0.02)
-            elif isinstance(layer, nn.BatchNorm2d):
+            elif isinstance(layer, norm):
                 nn.init.normal_(layer.weight, 1, 0.02)
 
     def forward(self, x):
         return self.main(x)
+
+
+class PatchDiscriminator3D(PatchDiscriminator):
+    """The same of clips (B, 3, T, H, W) -> (B, 1, T/4, H/8, W/8), each rounded up."""
+
+    def __init__(self):
+        super().__init__(nn.Conv3d, nn.BatchNorm3d, kernel=3, strides=(2, 2, (1, 2, 2), 1, 1))
 
 
 def load_discriminator(path):
@@ -221,11 +228,12 @@ def generator_loss(x, y, quantizer, lpips=None, discriminator=None, gan_weight=0
     loss = (x - y).abs().mean()
     terms = {"l1": loss}
     if lpips is not None:
-        terms["lpips"] = lpips(x, y).mean()
+        # A picture (B, 3, H, W) goes as it is, a clip (B, 3, T, H, W) as its frames (B * T, 3, H, W).
+        terms["lpips"] = lpips(*(images.movedim(1, -3).flatten(0, -4) for images in (x, y))).mean()
         loss = loss + terms["lpips"]
     if discriminator is not None:
-        logits = _wide(discriminator(y))  # (B, 1, h, w)
-        terms["gan"] = softplus(-logits.mean((1, 2, 3))).mean()  # non-saturating, of each image's mean logit
+        logits = _wide(discriminator(y))  # (B, 1, h, w), of clips (B, 1, t, h, w)
+        terms["gan"] = softplus(-logits.flatten(1).mean(1)).mean()  # non-saturating, of each image's mean logit
         loss = loss + gan_weight * terms["gan"]
     loss = loss + entropy_weight * quantizer["entropy"] + 0.25 * quantizer["commitment"]
     terms |= {name: quantizer[name] for name in ("sample_entropy", "codebook_entropy", "commitment")}
@@ -234,7 +242,7 @@ def generator_loss(x, y, quantizer, lpips=None, discriminator=None, gan_weight=0
 
 def discriminator_loss(logits_real, logits_fake, lecam, lecam_weight):
     """Hinge plus weighted LeCAM on one micro-batch, and the terms by name (detached; LeCAM unweighted).
-    logits_real, logits_fake: D(x) and D(y), y detached, (B, 1, h, w)."""
+    logits_real, logits_fake: D(x) and D(y), y detached, one logit a patch."""
     logits_real, logits_fake = _wide(logits_real), _wide(logits_fake)
     hinge = 0.5 * (relu(1 - logits_real).mean() + relu(1 + logits_fake).mean())
     regularizer = lecam(logits_real, logits_fake)

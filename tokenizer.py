@@ -65,6 +65,7 @@ RELEASED_TOKENIZERS = {
     "256_L": f"{HUB}/Open-MAGVIT2-Tokenizer-256-resolution/resolve/main/imagenet_256_L.ckpt",
     "pretrain_256_16384": f"{HUB}/Open-MAGVIT2-Tokenizer-16384-Pretrain/resolve/main/pretrain256_16384.ckpt",
     "pretrain_256_262144": f"{HUB}/Open-MAGVIT2-Tokenizer-262144-Pretrain/resolve/main/pretrain256_262144.ckpt",
+    "video_128": f"{HUB}/Open-MAGVIT2-Tokenizer-262144-Video/resolve/main/video_128_262144.ckpt",
 }
 RELEASED_AR = {n: f"{HUB}/Open-MAGVIT2-AR-{n}-256-resolution/resolve/main/AR_256_{n}.ckpt" for n in ("B", "L", "XL")}
 RELEASED_AR["emoji"] = Path(__file__).with_name("weights") / "emoji64.pt"  # ours: small, of 64x64 emoji, in here
@@ -233,7 +234,8 @@ class Tokenizer(nn.Module):
 # --- Reading files ----------------------------------------------------------------------------------------------------
 def load_tokenizer(path_or_name, ema=True):
     """A Tokenizer in eval mode, on the CPU, from a released name (of a tokenizer, "256_L", or a transformer, "B"), a
-    released tokenizer or transformer file, this project's own file or run folder, or a bare state dict of any of these.
+    released tokenizer or transformer file, this project's own file or run folder, or a bare state dict of any of these;
+    a VideoTokenizer of video_tokenizer.py, where the file's entries are those of one ("video_128").
 
     ema: the moving average of the weights, where the file has one; False: the training weights. A released transformer
     file carries the tokenizer that it was trained with, which is used as it stands. Raises UserError naming the file
@@ -297,10 +299,16 @@ def entries_under(prefix, entries):
 
 
 def tokenizer_from_entries(entries, source, config=None):
-    """A Tokenizer in eval mode from its `encoder.*` and `decoder.*` entries; the size is read off their shapes.
-    Raises UserError naming `source`, the entries that are missing, unexpected or wrongly shaped, and the size."""
-    config = config or _config_of(entries, source)
-    return model_from_entries(Tokenizer, config, TOKENIZER_SIZES, entries, source, "tokenizer")
+    """A Tokenizer, or VideoTokenizer, in eval mode from its `encoder.*` and `decoder.*` entries; which and of what size
+    is read off their names and shapes. Raises UserError naming `source`, the entries that are missing, unexpected or
+    wrongly shaped, and the size."""
+    video = any(".conv_1." in str(name) for name in entries)
+    config = config or config_of(entries, source, video)
+    if not video:
+        return model_from_entries(Tokenizer, config, TOKENIZER_SIZES, entries, source, "tokenizer")
+    from video_tokenizer import VIDEO_SIZES, VideoTokenizer  # not above: it is built on this file
+
+    return model_from_entries(VideoTokenizer, config, VIDEO_SIZES, entries, source, "tokenizer")
 
 
 def model_from_entries(model_class, config, sizes, entries, source, what):
@@ -313,12 +321,13 @@ def model_from_entries(model_class, config, sizes, entries, source, what):
     return model.eval()
 
 
-def _config_of(entries, source):
+def config_of(entries, source, video=False):
     """The TokenizerConfig that the entries' names and shapes spell out."""
 
     def width(name):  # of a convolution's output
+        name += ".conv_1.weight" if video else ".weight"
         value = entries.get(name)
-        if not isinstance(value, torch.Tensor) or value.ndim != 4 or value.numel() == 0:
+        if not isinstance(value, torch.Tensor) or value.ndim < 4 or value.numel() == 0:
             found = f"has shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else "is missing, or no tensor"
             raise UserError(f"{source} holds no tokenizer: entry {name} {found}")
         return len(value)
@@ -326,8 +335,8 @@ def _config_of(entries, source):
     def count(prefix):  # of the numbers behind it
         return len({name.split(".")[0] for name in entries_under(prefix, entries)})
 
-    channels, bits = width("encoder.conv_in.weight"), width("encoder.conv_out.weight")
-    widths = [width(f"encoder.down.{i}.block.0.conv1.weight") for i in range(count("encoder.down."))]
+    channels, bits = width("encoder.conv_in"), width("encoder.conv_out")
+    widths = [width(f"encoder.down.{i}.block.0.conv1") for i in range(count("encoder.down."))]
     try:
         multipliers = tuple(width // channels for width in widths)
         return TokenizerConfig(channels, multipliers, count("encoder.down.0.block."), bits)

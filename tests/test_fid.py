@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden_files import checkpoint_keys, fill, load, relative
 from PIL import Image
-from scripts import fails_with_one_line, run
+from scripts import fails_with_one_line, on_two_ranks, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fid
@@ -528,6 +528,16 @@ def test_numbers_are_never_nan(tmp_path, monkeypatch):
         fid.moments(torch.tensor([[1.0, math.inf], [1.0, 1.0]]))
     with pytest.raises(UserError, match="not finite"):
         fid.gather_rows(ALONE, [torch.full((1, 2), math.nan)], 2)
+
+
+def nan_on_the_second(rank):
+    rt = Runtime(torch.device("cpu"), rank, world=2)
+    with pytest.raises(UserError, match="not finite"):
+        fid.gather_rows(rt, [torch.full((1, 2), math.nan if rank else 0.0)], 2)
+
+
+def test_nan_on_one_rank_ends_all(tmp_path):
+    on_two_ranks(nan_on_the_second, tmp_path)
 
 
 def test_a_short_last_split_is_warned_about(tmp_path, monkeypatch):

@@ -1,0 +1,214 @@
+"""Clips for the video tokenizer: folders of videos, animated pictures and frames, and built-in moving letters.
+
+    clips = open_clips("ucf101/train", size=128, frames=17, train=True)     # needs PyAV: pip install av
+    clips = open_clips("moving-glyphs:4000:ABCDEFGH", size=32, train=True)
+    for micro_batches in data.training_batches(clips, seed=0, ...):         # images are uint8 (b, 3, T, S, S)
+
+As published: consecutive frames at a video's own rate, shrunk as OpenCV does, one random crop for all of them.
+
+Letters: T frames, S side in pixels, H W pixels of a video's frame."""
+
+import collections
+import contextlib
+import importlib.util
+import itertools
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+
+import glyphs
+from data import ENDINGS, PictureFolder, load_rgb, opened, plain_file, walk
+from runtime import UserError, reason_of
+
+VIDEOS, ANIMATIONS = (".avi", ".mkv", ".mov", ".mp4", ".webm"), (".gif", ".png", ".webp")  # in capitals too
+CONTAINERS = "avi,matroska,mov"  # FFmpeg goes by content, and would follow a playlist elsewhere: it may open these only
+CLIP, MOVING_GLYPH = 4, 5  # random streams; see data.py
+
+
+def open_clips(source, size, frames=17, train=False, seed=0, labelled=True):
+    """Clips of `frames` consecutive frames of `size` x `size` pixels, as a map-style dataset.
+
+    source: built-in `moving-glyphs[:COUNT[:CLASSES]]`, or a folder with one folder a class, with these at any depth:
+    videos, by their names (VIDEOS); animated pictures (ANIMATIONS), if the first such picture in a folder is animated;
+    folders that hold still pictures and none of these, which are a video's frames, sorted by name.
+    train: frames from a random one on, with a random crop, functions of (seed, epoch, index). Otherwise the frames in
+    the middle; the crop is random too, as published, but a function of (seed, index). moving-glyphs: other clips.
+    labelled: as in `data.open_pictures`, which tells what is returned; but `.shape` is (T, S, S), and `dataset[epoch,
+    index]` is (uint8 tensor (3, T, S, S), label), and raises whatever PyAV and Pillow raise, and ValueError for too few
+    frames. What is left of a cut-off file is read. As published, a rotation that a file asks for is not applied."""
+    assert size > 0 and frames > 0 and seed >= 0
+    if str(source).split(":")[0] == "moving-glyphs":
+        return MovingGlyphs(str(source), size, frames, train, seed)
+    return ClipFolder(source, size, frames, train, seed, labelled)
+
+
+class ClipFolder(PictureFolder):
+    """See `open_clips`."""
+
+    kind, endings = "videos", " ".join([*VIDEOS, "animated", *ANIMATIONS, "or folders of frames"])
+
+    def __init__(self, source, size, frames, train, seed, labelled):
+        self.frames = frames
+        super().__init__(source, size, train, seed, labelled)
+        self.shape = frames, size, size
+
+    def _by_class(self):
+        found = {}
+        for folder, files in walk(self.source):
+            videos = [name for name in files if name.lower().endswith(VIDEOS)]
+            if videos and not importlib.util.find_spec("av"):
+                raise UserError("PyAV, which reads videos, is not installed: pip install av")
+            if _animated(self.source / folder, files):
+                videos += [name for name in files if name.lower().endswith(ANIMATIONS)]
+            paths = [os.path.normpath(f"{folder}/{name}") for name in videos]
+            if not videos and any(name.lower().endswith(ENDINGS) for name in files):
+                paths, folder = [folder], os.path.dirname(folder) or "."
+            found.setdefault(folder.split("/")[0], []).extend(paths)
+        return found
+
+    def __getitem__(self, entry):
+        epoch, index = entry
+        rng = np.random.default_rng([CLIP, self.seed, epoch if self.train else 0, index])
+
+        def first_of(count):  # number of the clip's first frame, of the `count` that there are
+            if count < self.frames:
+                raise ValueError(f"it has {count} frames, fewer than {self.frames}")
+            return rng.integers(count - self.frames + 1) if self.train else count // 2 - self.frames // 2
+
+        frames = _read_frames(self.source / self.name(index), first_of, self.frames)
+        clip = [resize_frame(frame, self.size) for frame in frames]
+        if len({frame.shape for frame in clip}) > 1:
+            raise ValueError("its frames are of different shapes")
+        left, top = (rng.integers(pixels - self.size + 1) for pixels in clip[0].shape[1::-1])
+        clip = np.stack(clip)[:, top : top + self.size, left : left + self.size]  # (T, S, S, 3)
+        return torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2))), int(self.labels[index])
+
+
+def resize_frame(frame, short_side):
+    """uint8 (H, W, 3) with its short side scaled to `short_side`, the long one rounded down, to the last bit as OpenCV's
+    INTER_LINEAR has it: without smoothing first, weights of 11 bits, columns before rows. Enlarges too."""
+    height, width = (int(short_side * pixels / min(frame.shape[:2])) for pixels in frame.shape[:2])
+    (left, right), (left_weight, right_weight) = _neighbours(frame.shape[1], width)
+    levels = frame.astype(np.int32)
+    levels = levels[:, left] * left_weight + levels[:, right] * right_weight >> 4  # (H, width, 3)
+    (upper, lower), (upper_weight, lower_weight) = _neighbours(frame.shape[0], height)
+    upper_part, lower_part = levels[upper] * upper_weight[:, None], levels[lower] * lower_weight[:, None]
+    return ((upper_part >> 16) + (lower_part >> 16) + 2 >> 2).astype(np.uint8)
+
+
+def _neighbours(count, new_count):
+    """For each of `new_count` places among `count` pixels: the two pixels beside it, (2, new_count), the same one twice
+    beyond the border, and their weights, which make 2048, (2, new_count, 1)."""
+    places = ((np.arange(new_count) + 0.5) * (count / new_count) - 0.5).astype(np.float32)  # as OpenCV has them
+    first = np.floor(places)
+    weights = np.rint(2048 * np.stack([1 - (places - first), places - first]))
+    return np.stack([first, first + 1]).clip(0, count - 1).astype(int), weights.astype(np.int32)[..., None]
+
+
+# --- Frames of a file -------------------------------------------------------------------------------------------------
+def _animated(folder, names):
+    """Whether the first picture of ANIMATIONS that can be read is animated."""
+    for name in sorted(names):
+        if name.lower().endswith(ANIMATIONS):
+            with contextlib.suppress(Exception), opened(folder / name) as picture:
+                return getattr(picture, "is_animated", False)
+    return False
+
+
+def _read_frames(path, first_of, length):
+    """Yields frames first_of(count) .. + length - 1 of the `count` that a video has, uint8 (H, W, 3)."""
+    if path.is_dir():
+        names = sorted(name for name in os.listdir(path) if name[0] != "." and name.lower().endswith(ENDINGS))
+        first = first_of(len(names))
+        for name in names[first : first + length]:
+            yield np.asarray(load_rgb(path / name))
+    elif path.name.lower().endswith(ANIMATIONS):
+        with opened(path) as picture:
+            first = first_of(getattr(picture, "n_frames", 1))
+            for number in range(first, first + length):
+                picture.seek(number)
+                yield np.asarray(picture.convert("RGB"))
+    else:
+        for frame in _video_frames(path, first_of, length):
+            if frame.is_corrupt:
+                raise ValueError("a frame of it is damaged")
+            yield frame.to_ndarray(format="rgb24")
+
+
+def _video_frames(path, first_of, length):
+    """The same of a video file, as PyAV's frames. All packets are read, but only those from a key frame on are decoded;
+    all where the time stamps are not of the frames that come out, as in some .avi."""
+    with _opened_video(path) as (video, stream):
+        packets = (packet for packet in video.demux(stream) if packet.size and not packet.is_discard)
+        times = [(packet.pts or 0, packet.is_keyframe) for packet in packets if not packet.is_corrupt]
+    times, keys = sorted(time for time, _ in times), [time for time, is_key in times if is_key]
+    first = first_of(len(times))
+    key = max((time for time in keys if time <= times[first]), default=times[0])
+    times = [time for time in times[: first + length] if time >= key]
+    frames, found, announced = collections.deque(maxlen=length), [], set(times)
+    decoded = (frame for frame in _decoded(path, key) if frame.pts in announced)
+    for frame in itertools.islice(decoded, len(times)):
+        frames.append(frame)
+        found.append(frame.pts)
+    if found == times:
+        return frames
+    first = first_of(sum(1 for _ in _decoded(path)))
+    return itertools.islice(_decoded(path), first, first + length)
+
+
+def _decoded(path, time=None):
+    """Yields a video's frames in order, from the last key frame up to `time` on, or from the start."""
+    with _opened_video(path) as (video, stream):
+        if time is not None:
+            video.seek(time, stream=stream)
+        for packet in video.demux(stream):
+            if not packet.is_corrupt:  # cut off by the end of the file
+                yield from packet.decode()
+
+
+@contextlib.contextmanager
+def _opened_video(path):
+    import av
+
+    with plain_file(path) as file:
+        try:
+            video = av.open(file, container_options={"format_whitelist": CONTAINERS}, metadata_errors="replace")
+        except (av.FFmpegError, OSError) as error:
+            raise ValueError(f"it is none of {CONTAINERS}, or its index is cut off: {reason_of(error)}") from None
+        with video:
+            stream = video.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise ValueError("it has no video stream that PyAV decodes")
+            stream.codec_context.thread_count = 1  # loaders have workers
+            yield video, stream
+
+
+# --- Moving glyphs ----------------------------------------------------------------------------------------------------
+class MovingGlyphs(glyphs.Glyphs):
+    """`moving-glyphs[:COUNT[:CLASSES]]`: a letter that flies, bounces off the sides and swings by up to 30 degrees. Clip
+    i has class i % classes and is a function of (seed, train, i); a longer one begins with a shorter one's frames."""
+
+    def __init__(self, source, size, frames, train, seed):
+        super().__init__(source, size, train, seed)
+        self.shape = frames, size, size
+
+    def __getitem__(self, entry):  # lengths are in sides, times in frames
+        frames, size, _ = self.shape
+        letter = self.classes[self.labels[entry[1]]]
+        rng = np.random.default_rng([MOVING_GLYPH, self.seed, int(self.train), entry[1]])
+        ground, colour = glyphs.scene(size, rng)
+        left, top, right, bottom = glyphs.letter_box(letter)
+        radius = rng.uniform(0.24, 0.32)  # of the circle in which the letter swings
+        scale = 2 * radius * (2 * size) / np.hypot(right - left, bottom - top)
+        upright = glyphs.upright_letter(letter, 2 * size, scale, size, size)  # twice as large, in the middle
+        times, direction, span = np.arange(frames), rng.uniform(0, 2 * np.pi), 1 - 2 * radius
+        velocity = rng.uniform(0.01, 0.04) * np.array([np.cos(direction), np.sin(direction)])
+        flown = rng.uniform(0, span, 2) + velocity * times[:, None]  # (T, 2): x, y
+        shifts = 2 * size * (span / 2 - abs(flown % (2 * span) - span))  # to and fro
+        angles = 30 * np.sin(2 * np.pi * (rng.random() + rng.uniform(0.01, 0.05) * times))
+        turned = [upright.rotate(a, Image.Resampling.BILINEAR, translate=tuple(s)) for a, s in zip(angles, shifts)]
+        masks = np.stack([np.asarray(mask.reduce(2)) / 255 for mask in turned])[..., None]  # (T, S, S, 1)
+        clip = (255 * (ground + masks * (colour - ground)) + 0.5).astype(np.uint8)
+        return torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2))), int(self.labels[entry[1]])
