@@ -17,12 +17,8 @@ from torch import nn
 from torch.nn.functional import pad
 
 from lfq import LFQ, indices_to_codes
+from norms import AdaptiveGroupNorm, group_norm, norm_silu
 from runtime import UserError
-from tokenizer import AdaptiveGroupNorm, TokenizerConfig, config_of, group_norm, norm_silu
-
-# video_128 is the released one. video_tiny is ours, for tests and first runs on a CPU: factor 4, in time too; 64 wide,
-# since norms at 32, where each channel is a group of its own, take away much of colours.
-VIDEO_SIZES = {"video_tiny": TokenizerConfig(32, (2, 2, 2), 1), "video_128": TokenizerConfig(128, (1, 2, 2, 4), 4)}
 
 
 def time_strides(config):
@@ -134,9 +130,9 @@ class Decoder(nn.Module):
             raise UserError("the decoder needs at least two tokens a clip (it takes the variance over them)")
         x = self.mid_block(self.conv_in(z))  # (B, K, t, h, w) -> (B, widths[-1], t, h, w)
         for norm, level in zip(reversed(self.adaptive), reversed(self.up), strict=True):
-            # To a norm, whose statistics span all frames, they are one picture: (B, C, T, H, W) -> (B, C, T * H, W).
-            x = norm(x.flatten(2, 3), z.flatten(2, 3)).unflatten(2, x.shape[2:4])
-            x = level(x)  # (B, widths[i], frames, H / 2^i, W / 2^i), doubled at its end; n frames to n or 2 n - 1
+            x = level(
+                norm(x, z)
+            )  # (B, widths[i], frames, H / 2^i, W / 2^i), doubled at its end; n frames to n or 2 n - 1
         return self.conv_out(norm_silu(self.norm_out, x))  # (B, 3, T, H, W)
 
 
@@ -187,16 +183,16 @@ class VideoTokenizer(nn.Module):
 
 
 # --- The start of training --------------------------------------------------------------------------------------------
-def inflate(image_state):
-    """The state dict of the VideoTokenizer that does with one frame what the image tokenizer does: from the state dict
-    of a Tokenizer, its training weights or their moving average. The released one was trained from 128_L's."""
-    with torch.device("meta"):
-        expected = VideoTokenizer(config_of(image_state, "the state dict of an image tokenizer")).state_dict()
+def inflate(tokenizer):
+    """The VideoTokenizer, in eval mode, that does with one frame what this image Tokenizer does. The released one was
+    trained from 128_L, its moving average from 128_L's."""
+    inflated, image_state = VideoTokenizer(tokenizer.config).eval(), tokenizer.state_dict()
     video_state = {}
-    for name, value in expected.items():
+    for name, value in inflated.state_dict().items():
         weight = image_state[name.replace(".conv_1.", ".")]
         weight = torch.cat([weight] * (len(value) // len(weight)))  # twice for an Upsampler that doubles frames
         if value.ndim == 5:  # (C_out, C_in, h, w) -> (C_out, C_in, t, h, w): sees the frame, nothing of those before it
             weight = pad(weight[:, :, None], (0, 0, 0, 0, value.shape[2] - 1, 0))
         video_state[name] = weight
-    return video_state
+    inflated.load_state_dict(video_state)
+    return inflated

@@ -14,6 +14,7 @@ from torch import nn
 import ar_model
 import fast
 import losses
+import norms
 import tokenizer as tk
 from ar_model import AR_SIZES, ARConfig, ARTransformer, SubTokenOptions, cross_entropies, image_uniforms, rotary_table
 
@@ -72,10 +73,10 @@ def module(kind, *arguments, **options):
 SIZES = [(2, 32, 5), (3, 128, 64), (8, 256, 33), (2, 512, 16)]
 HEADS = [(3, 2, 16, 4, 16), (2, 4, 32, 16, 255), (2, 3, 64, 32, 1024)]  # rows, heads, head width, grid, tokens
 CASES = {  # path -> (arguments of each case, tolerances in float32 and in bfloat16)
-    "norm.norm_silu": ([lambda s=s: (module(tk.group_norm, s[1]), pictures(*s)) for s in SIZES], 2e-6, 6e-3),
+    "norm.norm_silu": ([lambda s=s: (module(norms.group_norm, s[1]), pictures(*s)) for s in SIZES], 2e-6, 6e-3),
     "norm.modulated_norm": (
         [
-            lambda s=s: (tk.group_norm(s[1], affine=False), pictures(*s), leaf(s[0], s[1]), leaf(s[0], s[1]))
+            lambda s=s: (norms.group_norm(s[1], affine=False), pictures(*s), leaf(s[0], s[1]), leaf(s[0], s[1]))
             for s in SIZES
         ],
         *(2e-6, 6e-3),
@@ -140,7 +141,13 @@ def test_a_path_is_its_plain_twin(name, number, dtype, monkeypatch):
     for ours, theirs in zip((y, *gradients), (truth, *true_gradients), strict=True):
         assert relative(ours, theirs) < tolerances[dtype != torch.float32]
     # What callers call: the kernel; switched off, the plain function.
-    functions = [tk.norm_silu, tk.modulated_norm, tk.ResBlock.forward, tk.Upsampler.forward, ar_model.causal_attention]
+    functions = [
+        norms.norm_silu,
+        norms.modulated_norm,
+        tk.ResBlock.forward,
+        tk.Upsampler.forward,
+        ar_model.causal_attention,
+    ]
     door = dict(zip(CASES, functions, strict=True))[name]
     assert torch.equal(door(*arguments), y)
     monkeypatch.setattr(fast, "ON", False)

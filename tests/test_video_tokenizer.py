@@ -14,7 +14,7 @@ import tokenizer as tk
 from losses import LPIPS, LeCAM, PatchDiscriminator3D
 from runtime import UserError
 from tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
-from video_tokenizer import VIDEO_SIZES, VideoTokenizer, inflate
+from video_tokenizer import VideoTokenizer, inflate
 
 TINY8 = TokenizerConfig(32, (1, 2, 2, 4), 1)
 SMALL = TokenizerConfig(32, (1, 2, 1), 1)  # halves time between its last two levels
@@ -46,7 +46,7 @@ def test_golden(tiny8, frames):
 
 def test_sizes_and_entries():
     with torch.device("meta"):
-        model = VideoTokenizer(VIDEO_SIZES["video_128"])
+        model = VideoTokenizer(tk.VIDEO_SIZES["video_128"])
     for part, count in ((model.encoder, 144.865e6), (model.decoder, 225.682e6)):
         assert sum(p.numel() for p in part.parameters()) == pytest.approx(count, abs=5e2)
     released = {name: shape for name, (shape, _) in checkpoint_keys(FILE).items()}
@@ -79,7 +79,7 @@ def test_frames_that_come_back(multipliers):
 
 def test_the_released_factors():
     with torch.device("meta"):
-        model = VideoTokenizer(VIDEO_SIZES["video_128"])
+        model = VideoTokenizer(tk.VIDEO_SIZES["video_128"])
     assert (model.time_factor, model.factor) == (4, 8)
     assert [model.rebuilt_frames(t) for t in (1, 2, 3, 4, 5, 9, 16, 17)] == [1, 1, 1, 1, 5, 9, 13, 17]
 
@@ -121,7 +121,7 @@ def test_the_released_file_by_its_name(tmp_path, monkeypatch):
     assert tk.RELEASED_TOKENIZERS["video_128"] == hub + FILE
     for ema in (True, False):
         model = load_tokenizer("video_128", ema=ema)
-        assert type(model) is VideoTokenizer and model.config == VIDEO_SIZES["video_128"] and not model.training
+        assert type(model) is VideoTokenizer and model.config == tk.VIDEO_SIZES["video_128"] and not model.training
         for entry, value in model.state_dict().items():
             due = named_tensor("model_ema." + entry.replace(".", "") if ema else entry, (1,))
             assert torch.equal(value, due.expand(value.shape)), entry
@@ -170,12 +170,11 @@ def test_a_wrong_entry_is_named(tmp_path, change, words):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.float64, 1e-14)])  # on most CPUs 0
-@pytest.mark.parametrize("config", [TINY8, SMALL, VIDEO_SIZES["video_tiny"]], ids=str)
+@pytest.mark.parametrize("config", [TINY8, SMALL, tk.VIDEO_SIZES["video_tiny"]], ids=str)
 @torch.no_grad()
 def test_inflated_one_frame_is_the_image(config, dtype, tolerance):
-    image_model = fill(empty(Tokenizer, config)).to(dtype)
-    model = empty(VideoTokenizer, config).to(dtype)
-    model.load_state_dict(inflate(image_model.state_dict()))
+    image_model = fill(empty(Tokenizer, config))
+    model, image_model = inflate(image_model).to(dtype), image_model.to(dtype)
     images = torch.rand(2, 3, 32, 32, dtype=dtype) * 2 - 1
     y, indices, _ = model(images[:, :, None])
     image_y, image_indices, _ = image_model(images)
@@ -184,13 +183,13 @@ def test_inflated_one_frame_is_the_image(config, dtype, tolerance):
 
 
 def test_inflated_entries():
-    """One by one, of 128_L: each where the released video file has it, with its shape."""
-    with torch.device("meta"):
-        image_state = Tokenizer(tk.TOKENIZER_SIZES["128_L"]).state_dict()
-    image_state = {name: torch.full((1,), 1.0 + i).expand(v.shape) for i, (name, v) in enumerate(image_state.items())}
-    state = inflate(image_state)
-    released = {name: shape for name, (shape, _) in checkpoint_keys(FILE).items() if name[:7] in ("encoder", "decoder")}
-    assert {name: tuple(value.shape) for name, value in state.items()} == released
+    """One by one: each where the released video file has it (this is 128_L, 32 wide instead of 128)."""
+    image_model = empty(Tokenizer, TokenizerConfig(32, (1, 2, 2, 4), 4))
+    image_state = image_model.state_dict()
+    for i, value in enumerate(image_state.values(), 1):
+        value.fill_(i)
+    state = inflate(image_model).state_dict()
+    assert set(state) == {name for name in checkpoint_keys(FILE) if name[:7] in ("encoder", "decoder")}
     for name, value in state.items():
         due = image_state[name.replace("conv_1.", "")].flatten()[0]
         if value.ndim == 5:
@@ -201,8 +200,8 @@ def test_inflated_entries():
 
 def test_inflated_upsampler():
     """The image's output channels twice over: those of the first and of the second of each two frames."""
-    image_state = fill(empty(Tokenizer, SMALL)).state_dict()
-    state = inflate(image_state)
+    image_model = fill(empty(Tokenizer, SMALL))
+    image_state, state = image_model.state_dict(), inflate(image_model).state_dict()
     for level, copies in ((1, 1), (2, 2)):
         weight, bias = (image_state[f"decoder.up.{level}.upsample.conv1.{part}"] for part in ("weight", "bias"))
         inflated = f"decoder.up.{level}.upsample.conv1.conv_1"
