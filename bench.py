@@ -25,13 +25,16 @@ import train_tokenizer
 from ar_model import AR_SIZES, ARTransformer, cross_entropies
 from fast.graphs import Gradients, Graphs
 from lfq import entropy_terms
-from tokenizer import TOKENIZER_SIZES, Tokenizer, Upsampler
+from tokenizer import TOKENIZER_SIZES, VIDEO_SIZES, Tokenizer
+from video_tokenizer import VideoTokenizer
 
 # GFLOP an image, forward, 2 a multiply-add: encoder, decoder of 256_L; VGG16 of LPIPS; the discriminator.
 ENCODER, DECODER, VGG, DISCRIMINATOR = 266e9, 317e9, 40e9, 6.3e9
 # Forward and backward of the generator; VGG of x forward, of y forward and backward to y; the discriminator likewise
 # for the generator, then of x and y forward and backward.
 STEP_256_L = 3 * (ENCODER + DECODER) + 3 * VGG + (2 + 6) * DISCRIMINATOR
+# The same of a clip of 17 frames of 128 x 128, video_128: its frames have a quarter of the pixels.
+STEP_VIDEO = 3 * (4471e9 + 6191e9) + 3 * 17 / 4 * VGG + (2 + 6) * 14e9
 
 
 def main():
@@ -120,23 +123,24 @@ def bench_entropy(bench):
         yield row(f"LFQ entropy, {tokens} tokens, forward + backward", ours, None, memory)
 
 
-def tokenizer_step(bench, batch, compiled):
-    """One complete step of 256_L training, of train_tokenizer.py's passes, as a function to call."""
+def tokenizer_step(bench, batch, compiled, name="256_L"):
+    """One complete step of 256_L or video_128 training, of train_tokenizer.py's passes, as a function to call."""
     torch.compiler.reset()  # each size is compiled anew, as a run would
     torch.backends.cudnn.benchmark = True  # as train_tokenizer.py does
     torch.manual_seed(0)
-    args = train_tokenizer.parse(["--preset", "256_L", "--precision", "bf16"])
+    args, rt = train_tokenizer.parse(["--preset", name, "--precision", "bf16"]), runtime.Runtime(bench.device)
+    images = torch.randint(256, (batch, 3, args.size, args.size), dtype=torch.uint8, device=bench.device)
     modules = [Tokenizer(TOKENIZER_SIZES["256_L"]), losses.PatchDiscriminator(), losses.LPIPS()]
-    layout = torch.channels_last if compiled else torch.contiguous_format
-    tokenizer, discriminator, lpips = (module.to(bench.device, memory_format=layout) for module in modules)
+    if args.frames:
+        images = images[:, :, None].repeat(1, 1, args.frames, 1, 1)
+        modules[:2] = VideoTokenizer(VIDEO_SIZES[name]), losses.PatchDiscriminator3D()
+    tokenizer, discriminator, lpips = (rt.place(m) if compiled else m.to(bench.device) for m in modules)
     if compiled:
-        fast.compile(lpips, *(module for module in tokenizer.modules() if isinstance(module, Upsampler)))
+        fast.compile(lpips, *(level.upsample for level in tokenizer.decoder.up[1:]))
     lecam, scaler = losses.LeCAM().to(bench.device), torch.amp.GradScaler(enabled=False)
     trained = [*tokenizer.parameters(), *discriminator.parameters()]
     average = [p.detach().clone() for p in trained]
     adam = [torch.optim.Adam(m.parameters(), 1e-4, betas=(0.5, 0.9), fused=True) for m in (tokenizer, discriminator)]
-    images = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8, device=bench.device)
-    rt = runtime.Runtime(bench.device)
     gradients, graphs = [Gradients(rt, m.parameters()) for m in (tokenizer, discriminator)], Graphs(rt, compiled)
     generator = functools.partial(train_tokenizer.generator_pass, tokenizer, discriminator, lpips, scaler, args, 1)
     judge = functools.partial(train_tokenizer.discriminator_pass, discriminator, lecam, scaler, args, 1)
@@ -152,17 +156,17 @@ def tokenizer_step(bench, batch, compiled):
     return step
 
 
-def bench_tokenizer(bench, batches=(8, 32, 64)):
+def bench_tokenizer(bench, batches=(8, 32, 64), name="256_L", flops=STEP_256_L):
     """256_L training."""
     for batch in batches:
         other = None
-        if batch == 8:
+        if batch == batches[0]:
             with plain():
-                other, _ = bench.time(tokenizer_step(bench, batch, compiled=False), 5)
-        step = tokenizer_step(bench, batch, compiled=True)
+                other, _ = bench.time(tokenizer_step(bench, batch, False, name), 5)
+        step = tokenizer_step(bench, batch, True, name)
         ours, memory = bench.time(step, 10)
-        share = STEP_256_L * batch / ours / bench.flops
-        yield row(f"256_L training step, micro-batch {batch}", ours, other, memory, share, batch)
+        share = flops * batch / ours / bench.flops
+        yield row(f"{name} training step, micro-batch {batch}", ours, other, memory, share, batch)
         del step
 
 
@@ -279,6 +283,7 @@ def bench_decoder(bench, batch=50):
 
 ROWS = {"entropy": bench_entropy, "tokenizer": bench_tokenizer, "transformer": bench_transformer}
 ROWS |= {"sample": bench_sampling, "decode": bench_decoder}
+ROWS["video"] = functools.partial(bench_tokenizer, batches=(2, 4), name="video_128", flops=STEP_VIDEO)
 
 
 if __name__ == "__main__":

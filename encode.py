@@ -161,7 +161,7 @@ def main():
     if writer.manifest["complete"]:
         rt.say(f"{args.out} is already complete: {len(pictures)} pictures")
         return
-    tokenizer.to(rt.device, memory_format=rt.layout)
+    rt.place(tokenizer)
     todo = writer.todo()
     rt.say(f"device {rt.device.type} x {rt.world}, {args.precision}, {len(todo)} of {len(pictures)} pictures to do")
     rt.barrier()  # all ranks share out the same list: none writes before all have read it

@@ -184,7 +184,7 @@ def main():
         places = {path.resolve() for path in paths}
         if places & originals or any(place.is_relative_to(Path(args.data).resolve()) for place in places):
             raise UserError(f"--save-pictures {args.save_pictures} would write among --data; give another folder")
-    tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw).to(rt.device, memory_format=rt.layout)
+    tokenizer = rt.place(load_tokenizer(args.tokenizer, ema=not args.raw))
     if size and size % tokenizer.factor:
         raise UserError(f"--size {size} is not a multiple of {tokenizer.factor}, this tokenizer's factor")
     absent, perceptual = {}, {}

@@ -172,9 +172,9 @@ class PatchDiscriminator3D(PatchDiscriminator):
         super().__init__(nn.Conv3d, nn.BatchNorm3d, kernel=3, strides=(2, 2, (1, 2, 2), 1, 1))
 
 
-def load_discriminator(path):
-    """[PatchDiscriminator, its moving average] of a tokenizer file, released or own; [] where it holds none of this
-    kind. Raises UserError naming the file and the entries at fault."""
+def load_discriminator(path, kind=PatchDiscriminator):
+    """[discriminator, its moving average] of a tokenizer file, released or own; [] where it holds none of this kind, a
+    PatchDiscriminator or PatchDiscriminator3D. Raises UserError naming the file and the entries at fault."""
     entries, prefix = entries_of(read_weights(path), path), "loss.discriminator."
     states = [entries.get("discriminator"), entries.get("discriminator_ema")]  # of a file of ours
     if states[0] is None:
@@ -182,8 +182,11 @@ def load_discriminator(path):
         # Released files: an average is named like its parameter with every dot removed; BatchNorm's statistics have none.
         average = {n: entries.get("model_ema." + (prefix + n).replace(".", ""), v) for n, v in state.items()}
         states = [state, average] if state else []
-    discriminators = [PatchDiscriminator() for _ in states]
+    discriminators = [kind() for _ in states]
     for discriminator, state in zip(discriminators, states):
+        weight = isinstance(state, dict) and state.get("main.0.weight")
+        if getattr(weight, "ndim", None) == 9 - discriminator.main[0].weight.ndim:
+            return []  # of images where one of videos is wanted, or the other way round
         match(state, discriminator.state_dict(), path, "a PatchGAN discriminator")
         discriminator.load_state_dict(state)
     return discriminators

@@ -204,7 +204,7 @@ def load_models(rt, args):
     files |= {"model_hash": hash_of(model.state_dict()), "tokenizer_hash": hash_of(tokenizer.state_dict())}
     if carried and files["tokenizer_hash"] != carried:
         rt.say(f"warning: {tokenizer_path} is another tokenizer than {path} was trained with, and carries")
-    return model.to(rt.device), tokenizer.to(rt.device, memory_format=rt.layout), files
+    return model.to(rt.device), rt.place(tokenizer), files
 
 
 def output(text):

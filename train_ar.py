@@ -259,7 +259,7 @@ def draw_samples(rt, model, tokenizer, args):
     """A PIL picture of up to 8 classes, a row of 4 samples each, drawn as sample.py would for showing."""
     grid, classes = model.config.grid, model.config.num_classes
     labels = torch.linspace(0, classes - 1, min(8, classes)).long().repeat_interleave(4).to(rt.device)
-    tokenizer.to(rt.device, memory_format=rt.layout)
+    rt.place(tokenizer)
     with runtime.autocast(rt.device, args.precision):
         indices = model.generate(labels, (4.0, 4.0), (1.0, 1.0), (0, 0), (0.96, 0.96), list(range(len(labels))))
         images = tokenizer.decode(indices.unflatten(1, (grid, grid)))

@@ -1,16 +1,19 @@
-"""Stage I: train the image tokenizer (Open-MAGVIT2, arXiv 2409.04410; spec of the losses: losses.py).
+"""Stage I: train the tokenizer of images or of videos (Open-MAGVIT2, arXiv 2409.04410; its losses: losses.py).
 
     python train_tokenizer.py --data glyphs --out runs/tokenizer                  # a CPU, minutes, nothing to download
     torchrun --nproc_per_node=8 train_tokenizer.py --preset 256_L --data imagenet/train --val-data imagenet/val
+    torchrun --nproc_per_node=8 train_tokenizer.py --preset video_128 --init 128_L --data ucf101/train
 
 What comes out, under --out: config.json, log.jsonl, step_XXXXXXXX.pt (the last two; everything a resume needs, and what
-load_tokenizer reads), samples/step_XXXXXXXX.png (original above reconstruction, by the moving average). Running the
-same command again goes on from the newest checkpoint.
+load_tokenizer reads), samples/step_XXXXXXXX.png (original above reconstruction, by the moving average; of clips some
+frames, all of them in a .webp). Running the same command again goes on from the newest checkpoint.
 
-Letters: x images, y their unclamped reconstructions, both (b, 3, S, S) in [-1, 1]; D the discriminator."""
+Letters: x images, y their unclamped reconstructions, both (b, 3, S, S) in [-1, 1], clips (b, 3, T, S, S); D the
+discriminator."""
 
 import copy
 import functools
+import math
 from dataclasses import asdict, astuple
 
 import torch
@@ -22,9 +25,11 @@ import losses
 import runtime
 import training
 from checkpoint import hash_of, locate
+from clips import open_clips, write_video
 from fast.graphs import Gradients, Graphs
 from runtime import UserError, at_least
-from tokenizer import RELEASED, TOKENIZER_SIZES, Tokenizer, TokenizerConfig, Upsampler, load_tokenizer
+from tokenizer import RELEASED, TOKENIZER_SIZES, VIDEO_SIZES, Tokenizer, TokenizerConfig, load_tokenizer
+from video_tokenizer import VideoTokenizer, inflate
 
 # The paper's settings for 256_L and 128_L.
 PAPER = {"global_batch": 256, "micro_batch": 8, "lr": 1e-4, "ema": 0.999, "steps": 0}
@@ -32,13 +37,19 @@ PAPER |= {"lpips": "published", "gan_weight": 0.1, "entropy_weight": 0.1}
 # Ours: legible glyphs in minutes on a CPU. LPIPS and the discriminator are many times larger than this tokenizer.
 TINY = {"size": 32, "global_batch": 16, "micro_batch": 16, "lr": 7e-4, "ema": 0.98, "steps": 550, "epochs": 0}
 TINY |= {"lr_drops": [], "lpips": "none", "gan_weight": 0.0, "lecam_weight": 0.0, "entropy_weight": 0.03}
+# The released settings of video_128; in epochs of UCF-101's first training split, of 75 steps.
+VIDEO = {**PAPER, "data": "moving-glyphs", "size": 128, "frames": 17, "global_batch": 128, "micro_batch": 2}
+VIDEO |= {"epochs": 2000, "lr_drops": [], "warmup_epochs": 2, "cosine_to": 0.01}
+VIDEO |= {"gan_weight": 0.3, "lecam_weight": 0.05}
 PRESETS = {
     "tiny": TINY,
     "128_L": {**PAPER, "size": 128, "epochs": 350, "lr_drops": [250, 300], "lecam_weight": 0.01},
     "256_L": {**PAPER, "size": 256, "epochs": 270, "lr_drops": [200, 250], "lecam_weight": 0.05},
+    "video_tiny": {**TINY, "data": "moving-glyphs", "size": 24, "frames": 9},
+    "video_128": VIDEO,
 }
 for name, preset in PRESETS.items():
-    size = TOKENIZER_SIZES[name]
+    size = (TOKENIZER_SIZES | VIDEO_SIZES)[name]
     preset |= {"channels": size.channels, "multipliers": list(size.channel_multipliers)}
     preset |= {"blocks": size.blocks_per_level, "bits": size.bits}
 
@@ -51,14 +62,19 @@ MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset", 
 def parse(argv=None):
     arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("data").add_argument
-    add("--data", default="glyphs", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]], built in")
+    add(
+        "--data",
+        default="glyphs",
+        help="folder of any depth; or built in: glyphs[:COUNT[:CLASSES]], moving-glyphs[...]",
+    )
     add("--val-data", help="the same, for PSNR and the reconstruction pictures; --data where it is not given")
     add("--size", type=at_least(1), help="side of the training crops, pixels")
+    add("--frames", type=at_least(0), default=0, help="of a clip, for a tokenizer of videos; 0: of pictures")
     add("--workers", type=at_least(0), default=2, help="loader processes per device")
     add("--seed", type=at_least(0), default=0, help="of initialisation, order, crops")
     add = arguments.add_argument_group("model").add_argument
-    add("--preset", default="tiny", help="size and settings: tiny, 128_L or 256_L; the flags below override it")
-    add("--init", help="fine-tune: begin with the weights of a released name, a file or a run's folder, at their sizes")
+    add("--preset", default="tiny", help=f"size and settings: {', '.join(PRESETS)}; the flags below override it")
+    add("--init", help="begin with the weights, at their sizes, of a released name, file or run; videos also of images")
     add("--channels", type=int, help="width at full resolution, a multiple of 32")
     add("--multipliers", type=int, nargs="+", help="width of each level over --channels; resolution halves between")
     add("--blocks", type=int, help="ResBlocks a level")
@@ -72,15 +88,29 @@ def parse(argv=None):
     add = arguments.add_argument_group("schedule").add_argument
     add("--lr", type=at_least(0, float), help="learning rate of both Adams")
     add("--lr-drops", type=at_least(0, float), nargs="*", help="epochs after which the learning rate falls to a tenth")
+    add("--warmup-epochs", type=at_least(0, float), default=0, help="epochs of linear warm-up from 0")
+    add("--cosine-to", type=at_least(0, float, 1), default=0, help="share of --lr that a cosine ends at; 0: no cosine")
     add("--ema", type=at_least(0, float, 1), help="decay of the moving average of all trained parameters, per step")
     training.add_run_flags(arguments, "runs/tokenizer", 20, "evaluations and reconstruction pictures", 1000)
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 
 
+def learning_rate(args, step, epoch_steps, total):
+    """Learning rate of a step, counted from 0, of `total`. Of args: lr, lr_drops, warmup_epochs, cosine_to."""
+    warmup = args.warmup_epochs * epoch_steps
+    if step < warmup:
+        return args.lr * step / warmup
+    lr = args.lr * 0.1 ** sum(step >= drop * epoch_steps for drop in args.lr_drops)
+    if args.cosine_to:
+        done = (step - warmup) / max(total - 1 - warmup, 1)
+        lr *= args.cosine_to + (1 - args.cosine_to) * (0.5 + 0.5 * math.cos(math.pi * done))
+    return lr
+
+
 def generator_pass(tokenizer, discriminator, lpips, scaler, args, share, images):
-    """Forward and backward of one micro-batch, uint8 (b, 3, S, S), for the generator: adds to the tokenizer's gradients
-    its loss over `share`, the number of micro-batches a step adds up. Returns y and the terms of the loss, detached.
-    discriminator, lpips: None leaves that term out. Of args: precision, gan_weight, entropy_weight."""
+    """Forward and backward of one micro-batch, uint8 (b, 3, S, S) or (b, 3, T, S, S), for the generator: adds to
+    its gradients the loss over `share`, the number of micro-batches a step adds up. Returns y and the terms of the
+    loss, detached. discriminator, lpips: None leaves that term out. Of args: precision, gan_weight, entropy_weight."""
     if discriminator:
         discriminator.requires_grad_(False)  # D scores y but gets no gradient of its own
     x = data.to_float(images)
@@ -113,16 +143,24 @@ def main():
     torch.backends.cudnn.benchmark = True
 
     # Data
-    pictures = data.open_pictures(args.data, args.size, train=True, seed=args.seed, labelled=None)
-    val_pictures = data.open_pictures(args.val_data or args.data, args.size, False, args.seed, labelled=None)
+    opened = functools.partial(open_clips, frames=args.frames) if args.frames else data.open_pictures
+    pictures = opened(args.data, args.size, train=True, seed=args.seed, labelled=None)
+    val_pictures = opened(args.val_data or args.data, args.size, train=False, seed=args.seed, labelled=None)
     epoch_steps, total = training.run_length(args, len(pictures))
 
     # What --init holds: training weights and their moving average, as `trained` and `average` below
+    network = VideoTokenizer if args.frames else Tokenizer
+    judge = losses.PatchDiscriminator3D if args.frames else losses.PatchDiscriminator
     init, init_path = [], None
     if args.init:
         init_path = rt.share(locate(args.init, RELEASED))
         init = [nn.ModuleDict({"tokenizer": load_tokenizer(init_path, ema)}) for ema in (False, True)]
-        for part, discriminator in zip(init, losses.load_discriminator(init_path)):
+        for part in init:
+            if args.frames and isinstance(part["tokenizer"], Tokenizer):
+                part["tokenizer"] = inflate(part["tokenizer"])
+            elif not isinstance(part["tokenizer"], network):
+                raise UserError(f"{init_path} is a tokenizer of videos: give --frames, or one of images")
+        for part, discriminator in zip(init, losses.load_discriminator(init_path, judge)):
             part["discriminator"] = discriminator
         args.channels, [*args.multipliers], args.blocks, args.bits = astuple(init[0]["tokenizer"].config)  # a list
 
@@ -131,16 +169,19 @@ def main():
     config = TokenizerConfig(args.channels, args.multipliers, args.blocks, args.bits)
     if args.size % config.factor:
         raise UserError(f"--size {args.size} is not a multiple of {config.factor}, the tokenizer's factor")
-    if args.gan_weight and args.size < 24:
+    if args.gan_weight and args.size < 24 and not args.frames:
         raise UserError(f"--size {args.size}: the discriminator needs 24 pixels; or use --gan-weight 0")
-    tokenizer = Tokenizer(config)
+    tokenizer = network(config)
+    if args.frames and tokenizer.rebuilt_frames(args.frames) < args.frames:
+        words = f"1 more than a multiple of {tokenizer.time_factor}, the tokenizer's factor in time"
+        raise UserError(f"--frames {args.frames} is not {words}: the last frames would be lost")
     tokenizer.quantizer.global_batch = args.global_entropy
     trained, lpips, discriminator = nn.ModuleDict({"tokenizer": tokenizer}), None, None
     if args.lpips != "none":
         lpips = losses.load_lpips("vgg", None if args.lpips == "published" else args.lpips, maybe=init_path)
-        lpips.to(rt.device, memory_format=rt.layout)
+        rt.place(lpips)
     if args.gan_weight:
-        discriminator = trained["discriminator"] = losses.PatchDiscriminator()
+        discriminator = trained["discriminator"] = judge()
         if init and "discriminator" not in init[0]:
             rt.say(f"{init_path} holds no discriminator of this kind: it begins afresh")
     average = copy.deepcopy(trained).eval().requires_grad_(False)
@@ -149,7 +190,7 @@ def main():
     for part in (trained, average):
         rt.share_parameters(part.to(rt.device))
         # Before optimizers are made: what is read beside a weight has to lie in memory as it does.
-        part.to(memory_format=rt.layout)
+        rt.place(part)
     lecam = losses.LeCAM().to(rt.device)
 
     # Optimizers
@@ -170,8 +211,7 @@ def main():
     # Passes. The global entropy talks to other processes in them, which no graph may.
     compiled = fast.compiles(rt.device, args.compile, total)
     if compiled:
-        upsamplers = [module for module in tokenizer.modules() if isinstance(module, Upsampler)]
-        fast.compile(*upsamplers, *([lpips] if lpips else []))
+        fast.compile(*(level.upsample for level in tokenizer.decoder.up[1:]), *([lpips] if lpips else []))
     graphs = Graphs(rt, compiled and not (args.global_entropy and rt.world > 1))
     gradients = {name: Gradients(rt, module.parameters()) for name, module in trained.items()}
     share = accumulation * rt.world
@@ -190,7 +230,7 @@ def main():
         pictures, args.seed, args.global_batch, args.micro_batch, rt.rank, rt.world, run.step, total, args.workers
     )
     for step, micro_batches in enumerate(batches, run.step):
-        lr = args.lr * 0.1 ** sum(step >= drop * epoch_steps for drop in args.lr_drops)
+        lr = learning_rate(args, step, epoch_steps, total)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -262,7 +302,14 @@ def measure(rt, run, tokenizer, pictures, args):
         number += len(psnr)
         seen[indices.flatten().cpu()] = 1
     if rt.main and shown is not None:
-        run.save_picture(data.picture_grid(shown, columns=len(shown) // 2))
+        columns = len(shown) // 2
+        if args.frames:
+            clip = shown.unflatten(0, (2, -1)).permute(2, 3, 0, 4, 1, 5)  # (2 n, 3, T, S, S) -> (3, T, 2, S, n, S)
+            clip = clip.flatten(4, 5).flatten(2, 3)  # (3, T, 2 S, n S)
+            shown, columns = clip[:, :: tokenizer.time_factor].transpose(0, 1), 1  # (t, 3, 2 S, n S)
+        run.save_picture(data.picture_grid(shown, columns))
+        if args.frames:
+            write_video(run.folder / "samples" / f"step_{run.step:08d}.webp", clip)
     total, number, unreadable = rt.reduce([total, number, bad.count])
     bad.check(unreadable, max(count, 100) / len(pictures))  # a single one among few stops no training
     return {"val_psnr": total / max(number, 1), "val_codebook_use": int(rt.reduce(seen, "max").sum()) / len(seen)}

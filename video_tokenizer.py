@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
+import fast
 from lfq import LFQ, indices_to_codes
 from norms import AdaptiveGroupNorm, group_norm, norm_silu
 from runtime import UserError
@@ -50,6 +51,7 @@ class ResBlock(nn.Module):
         self.conv2 = CausalConv(c_out, c_out, 3, bias=False)
         self.nin_shortcut = CausalConv(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
 
+    @fast.path("norm.video_res_block")
     def forward(self, x):
         y = self.conv1(norm_silu(self.norm1, x))
         y = self.conv2(norm_silu(self.norm2, y))
@@ -69,6 +71,7 @@ class Upsampler(nn.Module):
         self.time_stride = time_stride
         self.conv1 = CausalConv(channels, 4 * time_stride * channels, 3)
 
+    @fast.path("norm.video_upsampler")
     def forward(self, x):
         # Released weights: the channels of the convolution are ordered (time, row, column, channel).
         x = self.conv1(x).unflatten(1, (self.time_stride, 2, 2, -1))  # (B, time, row, column, C, t, h, w)

@@ -5,19 +5,22 @@ channels last. These Triton kernels take channels last in the input's own type a
 and a write, backward two reads of x and of the gradient and a write. Two values a channel and image are kept for the
 backward pass, besides x.
 
+A clip (B, C, T, H, W) is a picture (B, C, T * H, W) to them. Where a causal convolution follows, they write the zeros
+in front of its first frame themselves, which spares a copy.
+
 Letters: B batch, C channels, P pixels, G groups. A program works on one chunk of one image's pixels."""
 
 import torch
 import triton
 import triton.language as tl
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, conv3d, pad
 
 TILE, WARPS, PROGRAMS = 2048, 8, 1024  # numbers a program takes at once, its warps, programs a launch
 
 
 def norm_silu_takes(norm, x):
     """A GPU, channels last, a power of 2 of channels."""
-    channels = x.shape[1]
+    x, channels = x.flatten(2, -2), x.shape[1]
     return (
         x.is_cuda
         and channels >= norm.num_groups
@@ -51,6 +54,19 @@ def res_block(block, x):
     return y + (block.nin_shortcut(x) if hasattr(block, "nin_shortcut") else x)
 
 
+def video_res_block_takes(block, x):
+    width = block.conv1.conv_1.out_channels
+    return norm_silu_takes(block.norm1, x) and width & (width - 1) == 0
+
+
+def video_res_block(block, x):
+    y, x = _norm(block.norm1, x, block.norm1.weight, block.norm1.bias, frames_before=2)
+    y = conv3d(y, block.conv1.conv_1.weight, padding=(0, 1, 1))
+    y, _ = _norm(block.norm2, y, block.norm2.weight, block.norm2.bias, frames_before=2)
+    y = conv3d(y, block.conv2.conv_1.weight, padding=(0, 1, 1))
+    return y + (block.nin_shortcut.conv_1(x) if hasattr(block.nin_shortcut, "conv_1") else x)
+
+
 def upsampler_takes(upsampler, x):
     return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
 
@@ -59,12 +75,28 @@ def upsampler(upsampler, x):
     """The bias is added on the way to the new order: by torch.compile, or in one operation where no gradient is due."""
     conv = upsampler.conv1
     x = conv2d(x, conv.weight, padding=1).movedim(1, -1).unflatten(-1, (2, 2, -1))  # (B, h, w, row, column, C)
-    x, bias = x.transpose(2, 3), conv.bias.to(x.dtype).view(2, 1, 2, -1)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        x = x + bias
-    else:
-        x = torch.add(x, bias, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    x = _add(x.transpose(2, 3), conv.bias.to(x.dtype).view(2, 1, 2, -1))  # (B, h, row, w, column, C)
     return x.flatten(3, 4).flatten(1, 2).movedim(-1, 1).contiguous(memory_format=torch.channels_last)
+
+
+def video_upsampler_takes(upsampler, x):
+    return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def video_upsampler(upsampler, x):
+    conv, strides = upsampler.conv1.conv_1, (upsampler.time_stride, 2, 2)
+    x = conv3d(pad(x, (0, 0, 0, 0, 2, 0)), conv.weight, padding=(0, 1, 1)).movedim(1, -1).unflatten(-1, (*strides, -1))
+    x = x.permute(0, 1, 4, 2, 5, 3, 6, 7)  # (B, t, time, h, row, w, column, C)
+    x = _add(x, conv.bias.to(x.dtype).view(strides[0], 1, 2, 1, 2, -1)).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    if strides[0] == 2:
+        x = torch.cat([x[:, :1], x[:, 2:]], 1)
+    return x.movedim(-1, 1).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _add(x, bias):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return x + bias
+    return torch.add(x, bias, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
 @triton.jit
@@ -142,12 +174,12 @@ def _statistics(x, sums, stats, pixels, chunks, eps, C: tl.constexpr, GROUP: tl.
 
 @triton.jit
 def _normalize(
-    x, stats, scale, bias, stride, y, pixels, chunk, SILU: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
-):
-    """y = silu((x - mean) / deviation * scale + bias)."""
+    x, stats, scale, bias, stride, y, pixels, before, chunk, SILU: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """y = silu((x - mean) / deviation * scale + bias); in front of each image's are `before` more pixels."""
     image = tl.program_id(1).to(tl.int64)
     x += image * pixels * C
-    y += image * pixels * C
+    y += (image * (pixels + before) + before) * C
     mean, inverse, factor, offset = _affine(stats, scale, bias, stride, image, C)
     for start in range(0, chunk, ROWS):
         place, mask = _tile(start, chunk, pixels, C, ROWS)
@@ -170,13 +202,14 @@ def _gradient_of_norm(x, dy, mean, inverse, scale, offset, SILU: tl.constexpr):
 
 @triton.jit
 def _sum_gradients(
-    x, dy, stats, scale, bias, stride, sums, pixels, chunk, SILU: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
-):
+    x, dy, stats, scale, bias, stride, sums, pixels, before, chunk,
+    SILU: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """The chunk's gradients of bias and of scale."""
     number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, C)
     x += image * pixels * C
-    dy += image * pixels * C
+    dy += (image * (pixels + before) + before) * C
     mean, inverse, factor, offset = _affine(stats, scale, bias, stride, image, C)
     of_bias = tl.zeros([ROWS, C], tl.float32)
     of_scale = tl.zeros([ROWS, C], tl.float32)
@@ -211,14 +244,14 @@ def _group_gradients(
 
 @triton.jit
 def _gradient_of_x(
-    x, dy, skip, stats, scale, bias, stride, means, dx, pixels, chunk,
+    x, dy, skip, stats, scale, bias, stride, means, dx, pixels, before, chunk,
     SILU: tl.constexpr, SKIP: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx, plus the gradient `skip` that reaches x past the norm."""
     image = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, C)
     x += image * pixels * C
-    dy += image * pixels * C
+    dy += (image * (pixels + before) + before) * C
     skip += image * pixels * C
     dx += image * pixels * C
     mean, inverse, factor, offset = _affine(stats, scale, bias, stride, image, C)
@@ -246,19 +279,23 @@ def _shape(x):
 
 class _NormSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, bias, groups, eps, activate):
+    def forward(ctx, x, scale, bias, groups, eps, activate, rows_before):
         batch, pixels, channels, chunk, chunks, rows = _shape(x)
         grid, stride = (chunks, batch), channels if scale.dim() == 2 else 0
         sums = x.new_empty((batch, chunks, 2, channels), dtype=torch.float32)
         stats = x.new_empty((batch, 2, channels), dtype=torch.float32)
-        y = torch.empty_like(x)
-        group, many = channels // groups, max(1, 2048 // channels)
+        shape = batch, channels, rows_before + x.shape[2], x.shape[3]
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        y[:, :, :rows_before] = 0
+        group, many, before = channels // groups, max(1, 2048 // channels), rows_before * x.shape[3]
         with torch.cuda.device(x.device):
             _sum_channels[grid](x, sums, pixels, chunk, channels, rows, num_warps=WARPS)
             _statistics[(batch,)](x, sums, stats, pixels, chunks, eps, channels, group, many)
-            _normalize[grid](x, stats, scale, bias, stride, y, pixels, chunk, activate, channels, rows, num_warps=WARPS)
+            _normalize[grid](
+                x, stats, scale, bias, stride, y, pixels, before, chunk, activate, channels, rows, num_warps=WARPS
+            )
         ctx.save_for_backward(x, scale, bias, stats)
-        ctx.groups, ctx.activate = groups, activate
+        ctx.groups, ctx.activate, ctx.before = groups, activate, before
         ctx.set_materialize_grads(False)  # where x went nowhere else, its second gradient stays None
         return y, x
 
@@ -276,21 +313,25 @@ class _NormSilu(torch.autograd.Function):
         group, many = channels // ctx.groups, max(1, 2048 // channels)
         with torch.cuda.device(x.device):
             _sum_gradients[grid](
-                x, dy, stats, scale, bias, stride, sums, pixels, chunk, ctx.activate, channels, rows, num_warps=WARPS
-            )
+                x, dy, stats, scale, bias, stride, sums, pixels, ctx.before, chunk,
+                ctx.activate, channels, rows, num_warps=WARPS,
+            )  # fmt: skip
             _group_gradients[(batch,)](sums, scale, stride, grads, means, pixels, chunks, channels, group, many)
             _gradient_of_x[grid](
-                x, dy, dy if skip is None else skip, stats, scale, bias, stride, means, dx, pixels, chunk,
+                x, dy, dy if skip is None else skip, stats, scale, bias, stride, means, dx, pixels, ctx.before, chunk,
                 ctx.activate, skip is not None, channels, rows, num_warps=WARPS,
             )  # fmt: skip
         if stride == 0:
             grads = grads.sum(0, keepdim=True)
         of_bias, of_scale = grads[:, 0].reshape(bias.shape), grads[:, 1].reshape(scale.shape)
-        return dx, of_scale.to(scale.dtype), of_bias.to(bias.dtype), None, None, None
+        return dx, of_scale.to(scale.dtype), of_bias.to(bias.dtype), None, None, None, None
 
 
-def _norm(norm, x, scale, bias, activate=True):
+def _norm(norm, x, scale, bias, activate=True, frames_before=0):
     """silu(norm(x)) with this scale and bias, (C,) or (B, C); and x itself, whose gradient is added to the norm's.
-    activate: False leaves SiLU out."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    return _NormSilu.apply(x, scale.contiguous(), bias.contiguous(), norm.num_groups, norm.eps, activate)
+    activate: False leaves SiLU out. frames_before: so many of zeros come before a clip's own."""
+    height = x.shape[-2]
+    flat = x.flatten(2, -2).contiguous(memory_format=torch.channels_last)  # (B, C, H, W) or (B, C, T * H, W)
+    options = norm.num_groups, norm.eps, activate, frames_before * height
+    y, flat = _NormSilu.apply(flat, scale.contiguous(), bias.contiguous(), *options)
+    return (y, flat) if x.dim() == 4 else (y.unflatten(2, (-1, height)), flat.unflatten(2, (-1, height)))

@@ -16,7 +16,9 @@ import fast
 import losses
 import norms
 import tokenizer as tk
+import video_tokenizer
 from ar_model import AR_SIZES, ARConfig, ARTransformer, SubTokenOptions, cross_entropies, image_uniforms, rotary_table
+from runtime import Runtime
 
 GPU = "cuda"
 TINY = ARConfig(64, 4, 3, 2, (6, 12), grid=4, num_classes=10)
@@ -61,9 +63,18 @@ def pictures(batch, channels, side):
     return x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
+def clips(batch, channels, frames, side):
+    x = leaf(batch, channels, frames, side, side, offset=10).detach()
+    return x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+
+
+def pixels(*size):
+    return (pictures if len(size) == 3 else clips)(*size)
+
+
 def module(kind, *arguments, **options):
     """With random weights, also where they begin as ones and zeros."""
-    made = kind(*arguments, **options).to(GPU, memory_format=torch.channels_last)
+    made = Runtime(torch.device(GPU)).place(kind(*arguments, **options))
     for parameter in made.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter)
@@ -71,13 +82,17 @@ def module(kind, *arguments, **options):
 
 
 SIZES = [(2, 32, 5), (3, 128, 64), (8, 256, 33), (2, 512, 16)]
+CLIPS = [(2, 32, 1, 5), (2, 128, 9, 33), (1, 512, 5, 16)]
 HEADS = [(3, 2, 16, 4, 16), (2, 4, 32, 16, 255), (2, 3, 64, 32, 1024)]  # rows, heads, head width, grid, tokens
 CASES = {  # path -> (arguments of each case, tolerances in float32 and in bfloat16)
-    "norm.norm_silu": ([lambda s=s: (module(norms.group_norm, s[1]), pictures(*s)) for s in SIZES], 2e-6, 6e-3),
+    "norm.norm_silu": (
+        [lambda s=s: (module(norms.group_norm, s[1]), pixels(*s)) for s in SIZES + CLIPS],
+        *(2e-6, 6e-3),
+    ),
     "norm.modulated_norm": (
         [
-            lambda s=s: (norms.group_norm(s[1], affine=False), pictures(*s), leaf(s[0], s[1]), leaf(s[0], s[1]))
-            for s in SIZES
+            lambda s=s: (norms.group_norm(s[1], affine=False), pixels(*s), leaf(s[0], s[1]), leaf(s[0], s[1]))
+            for s in SIZES + CLIPS
         ],
         *(2e-6, 6e-3),
     ),
@@ -89,6 +104,20 @@ CASES = {  # path -> (arguments of each case, tolerances in float32 and in bfloa
         *(5e-6, 2e-2),
     ),
     "norm.upsampler": ([lambda s=s: (module(tk.Upsampler, s[1]), pictures(*s)) for s in SIZES], 2e-6, 6e-3),
+    "norm.video_res_block": (
+        [
+            lambda s=s, width=width: (module(video_tokenizer.ResBlock, s[1], width), clips(*s))
+            for s, width in zip(CLIPS, (32, 256, 512))
+        ],
+        *(5e-6, 2e-2),
+    ),
+    "norm.video_upsampler": (
+        [
+            lambda s=s, stride=stride: (module(video_tokenizer.Upsampler, s[1], stride), clips(*s))
+            for s, stride in zip(CLIPS, (2, 1, 2))
+        ],
+        *(2e-6, 6e-3),
+    ),
     "attention.causal": (
         [
             lambda r=r, h=h, d=d, g=g, n=n: (leaf(r, n, 3 * h * d), rotary_table(g, d, GPU)[:, :n].contiguous(), h)
@@ -136,8 +165,8 @@ def test_a_path_is_its_plain_twin(name, number, dtype, monkeypatch):
     y, gradients = values_and_gradients(kernel, arguments)
     truth, true_gradients = values_and_gradients(plain, [cast(argument, torch.float64) for argument in arguments])
     assert y.dtype == dtype and y.shape == truth.shape
-    if y.dim() == 4:
-        assert y.is_contiguous(memory_format=torch.channels_last)
+    if y.dim() > 3:
+        assert y.is_contiguous(memory_format=torch.channels_last if y.dim() == 4 else torch.channels_last_3d)
     for ours, theirs in zip((y, *gradients), (truth, *true_gradients), strict=True):
         assert relative(ours, theirs) < tolerances[dtype != torch.float32]
     # What callers call: the kernel; switched off, the plain function.
@@ -146,6 +175,8 @@ def test_a_path_is_its_plain_twin(name, number, dtype, monkeypatch):
         norms.modulated_norm,
         tk.ResBlock.forward,
         tk.Upsampler.forward,
+        video_tokenizer.ResBlock.forward,
+        video_tokenizer.Upsampler.forward,
         ar_model.causal_attention,
     ]
     door = dict(zip(CASES, functions, strict=True))[name]
@@ -208,6 +239,22 @@ def test_golden_tokenizer(size, compiled):
         fast.compile(*(part for part in model.modules() if isinstance(part, tk.Upsampler)))
     assert relative(model.encoder(golden["image"]), golden["encoder_out"]) < 1e-5
     assert relative(model.decode(golden["indices"]), golden["reconstruction"]) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("frames", [17, 5, 1])
+@torch.no_grad()
+def test_golden_video_tokenizer(frames, compiled):
+    golden = {name: value.to(GPU) for name, value in load("video_tiny8").items()}
+    model = fill(video_tokenizer.VideoTokenizer(tk.TokenizerConfig(32, (1, 2, 2, 4), 1))).eval()
+    Runtime(torch.device(GPU)).place(model)
+    if compiled:
+        fast.compile(*(level.upsample for level in model.decoder.up[1:]))
+    indices = golden[f"indices_{frames}"]
+    assert torch.equal(model.encode(golden[f"x_{frames}"]), indices)
+    assert relative(model.encoder(golden[f"x_{frames}"]), golden[f"z_{frames}"]) < 1e-5
+    assert relative(model.decode(indices), golden[f"y_{frames}"]) < 1e-5
 
 
 @pytest.mark.gpu

@@ -446,7 +446,9 @@ def test_an_unreadable_picture_is_counted_and_too_many_stop(tmp_path):
 
 
 def test_statistics_of_other_conventions_and_weights_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(fid, "frechet_distance", lambda *moments: 0.0)  # takes half a minute here, and is not in question
+    monkeypatch.setattr(
+        fid, "frechet_distance", lambda *moments: 0.0
+    )  # takes half a minute here, and is not in question
     mu, sigma = np.zeros(2048), np.eye(2048, dtype=np.float32)
     np.savez(tmp_path / "pytorch_fid.npz", mu=mu, sigma=sigma)
     space = {"mu_s": np.zeros(2023), "sigma_s": np.eye(2023, dtype=np.float32)}
