@@ -20,7 +20,7 @@ from PIL import Image
 
 import glyphs
 from data import ENDINGS, PictureFolder, load_rgb, opened, plain_file, walk
-from runtime import UserError, reason_of
+from runtime import UserError, reason_of, replacing
 
 VIDEOS, ANIMATIONS = (".avi", ".mkv", ".mov", ".mp4", ".webm"), (".gif", ".png", ".webp")  # in capitals too
 CONTAINERS = "avi,matroska,mov"  # FFmpeg goes by content, and would follow a playlist elsewhere: it may open these only
@@ -28,7 +28,8 @@ CLIP, MOVING_GLYPH = 4, 5  # random streams; see data.py
 
 
 def open_clips(source, size, frames=17, train=False, seed=0, labelled=True):
-    """Clips of `frames` consecutive frames of `size` x `size` pixels, as a map-style dataset.
+    """Clips of `frames` consecutive frames of `size` x `size` pixels, as a map-style dataset. None: all of a video's
+    frames, each item of its own T; `.shape` is None then.
 
     source: built-in `moving-glyphs[:COUNT[:CLASSES]]`, or a folder with one folder a class, with these at any depth:
     videos, by their names (VIDEOS); animated pictures (ANIMATIONS), if the first such picture in a folder is animated;
@@ -38,7 +39,7 @@ def open_clips(source, size, frames=17, train=False, seed=0, labelled=True):
     labelled: as in `data.open_pictures`, which tells what is returned; but `.shape` is (T, S, S), and `dataset[epoch,
     index]` is (uint8 tensor (3, T, S, S), label), and raises whatever PyAV and Pillow raise, and ValueError for too few
     frames. What is left of a cut-off file is read. As published, a rotation that a file asks for is not applied."""
-    assert size > 0 and frames > 0 and seed >= 0
+    assert size > 0 and (frames is None or frames > 0) and seed >= 0
     if str(source).split(":")[0] == "moving-glyphs":
         return MovingGlyphs(str(source), size, frames, train, seed)
     return ClipFolder(source, size, frames, train, seed, labelled)
@@ -52,14 +53,14 @@ class ClipFolder(PictureFolder):
     def __init__(self, source, size, frames, train, seed, labelled):
         self.frames = frames
         super().__init__(source, size, train, seed, labelled)
-        self.shape = frames, size, size
+        self.shape = frames and (frames, size, size)
 
     def _by_class(self):
         found = {}
         for folder, files in walk(self.source):
             videos = [name for name in files if name.lower().endswith(VIDEOS)]
-            if videos and not importlib.util.find_spec("av"):
-                raise UserError("PyAV, which reads videos, is not installed: pip install av")
+            if videos:
+                _need_av()
             if _animated(self.source / folder, files):
                 videos += [name for name in files if name.lower().endswith(ANIMATIONS)]
             paths = [os.path.normpath(f"{folder}/{name}") for name in videos]
@@ -73,14 +74,16 @@ class ClipFolder(PictureFolder):
         rng = np.random.default_rng([CLIP, self.seed, epoch if self.train else 0, index])
 
         def first_of(count):  # number of the clip's first frame, of the `count` that there are
+            if self.frames is None:
+                return 0
             if count < self.frames:
                 raise ValueError(f"it has {count} frames, fewer than {self.frames}")
             return rng.integers(count - self.frames + 1) if self.train else count // 2 - self.frames // 2
 
         frames = _read_frames(self.source / self.name(index), first_of, self.frames)
         clip = [resize_frame(frame, self.size) for frame in frames]
-        if len({frame.shape for frame in clip}) > 1:
-            raise ValueError("its frames are of different shapes")
+        if len({frame.shape for frame in clip}) != 1:
+            raise ValueError("its frames are of different shapes" if clip else "it has no frames")
         left, top = (rng.integers(pixels - self.size + 1) for pixels in clip[0].shape[1::-1])
         clip = np.stack(clip)[:, top : top + self.size, left : left + self.size]  # (T, S, S, 3)
         return torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2))), int(self.labels[index])
@@ -118,16 +121,17 @@ def _animated(folder, names):
 
 
 def _read_frames(path, first_of, length):
-    """Yields frames first_of(count) .. + length - 1 of the `count` that a video has, uint8 (H, W, 3)."""
+    """Yields `length` frames of a video, None: all, from number first_of(count) of `count` on, uint8 (H, W, 3)."""
     if path.is_dir():
         names = sorted(name for name in os.listdir(path) if name[0] != "." and name.lower().endswith(ENDINGS))
         first = first_of(len(names))
-        for name in names[first : first + length]:
+        for name in names[first : length and first + length]:
             yield np.asarray(load_rgb(path / name))
     elif path.name.lower().endswith(ANIMATIONS):
         with opened(path) as picture:
-            first = first_of(getattr(picture, "n_frames", 1))
-            for number in range(first, first + length):
+            count = getattr(picture, "n_frames", 1)
+            first = first_of(count)
+            for number in range(count)[first : length and first + length]:
                 picture.seek(number)
                 yield np.asarray(picture.convert("RGB"))
     else:
@@ -140,6 +144,8 @@ def _read_frames(path, first_of, length):
 def _video_frames(path, first_of, length):
     """The same of a video file, as PyAV's frames. All packets are read, but only those from a key frame on are decoded;
     all where the time stamps are not of the frames that come out, as in some .avi."""
+    if length is None:
+        return _decoded(path)
     with _opened_video(path) as (video, stream):
         packets = (packet for packet in video.demux(stream) if packet.size and not packet.is_discard)
         times = [(packet.pts or 0, packet.is_keyframe) for packet in packets if not packet.is_corrupt]
@@ -185,6 +191,41 @@ def _opened_video(path):
             yield video, stream
 
 
+def _need_av():
+    if not importlib.util.find_spec("av"):
+        raise UserError("PyAV, which reads and writes videos, is not installed: pip install av")
+
+
+def write_video(path, clip, fps=24):
+    """Write uint8 (3, T, H, W) as what `path` ends in: an animated .webp (lossless) or .gif (256 colours), in both of
+    which a frame equal to the one before it lengthens that one; or .mp4 (H.264), which needs PyAV and even sides."""
+    ending, frames = os.path.splitext(path)[1].lower(), clip.permute(1, 2, 3, 0).cpu().contiguous().numpy()
+    if ending not in (".webp", ".gif", ".mp4"):
+        raise UserError(f"{path} ends in none of .webp, .gif, .mp4, the videos that are written")
+    if ending == ".mp4":
+        return _write_mp4(path, frames, fps)
+    first, *others = map(Image.fromarray, frames)
+    with replacing(path) as file:
+        options = {"duration": 1000 / fps, "loop": 0, "lossless": True}  # milliseconds, for ever
+        first.save(file, ending[1:], save_all=True, append_images=others, **options)
+
+
+def _write_mp4(path, frames, fps):
+    _need_av()
+    import av
+
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise UserError(f"{path} cannot be {width}x{height}: .mp4 takes even sides only, .webp any")
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    with replacing(path) as file, av.open(file, "w", "mp4") as video:
+        stream = video.add_stream(codec, fps, {"crf": "17", "b": "8M"})  # quality, of one and the other
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"  # what every player shows
+        for frame in frames:
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        video.mux(stream.encode())
+
+
 # --- Moving glyphs ----------------------------------------------------------------------------------------------------
 class MovingGlyphs(glyphs.Glyphs):
     """`moving-glyphs[:COUNT[:CLASSES]]`: a letter that flies, bounces off the sides and swings by up to 30 degrees. Clip
@@ -192,6 +233,8 @@ class MovingGlyphs(glyphs.Glyphs):
 
     def __init__(self, source, size, frames, train, seed):
         super().__init__(source, size, train, seed)
+        if frames is None:
+            raise UserError("moving glyphs never end: give a number of frames, or a folder of videos")
         self.shape = frames, size, size
 
     def __getitem__(self, entry):  # lengths are in sides, times in frames

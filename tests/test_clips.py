@@ -152,6 +152,36 @@ def test_the_middle(tmp_path, count, length, first):
     assert clip[2, :, 0, 0].tolist() == list(range(first, first + length))
 
 
+def test_whole_videos(tmp_path):
+    """Each of its own length, and at the same crop as its middle frames."""
+    save_video(tmp_path / "a.mkv", moving(20, 40, 48), "ffv1", "bgr0")
+    animate(tmp_path / "b.webp", moving(7, 48, 40), lossless=True)
+    places(tmp_path / "c", 32, 40, 11)
+    whole = clips.open_clips(tmp_path, 32, frames=None, labelled=False, seed=3)
+    assert whole.shape is None
+    for index, count in enumerate((20, 7, 11)):
+        clip, _ = whole[0, index]
+        assert clip.shape == (3, count, 32, 32) and clip.is_contiguous()
+        assert torch.equal(clip, clips.open_clips(tmp_path, 32, count, labelled=False, seed=3)[0, index][0])
+    batches = list(data.evaluation_batches(whole, 1))
+    assert [batch.images.shape for batch in batches] == [(1, 3, count, 32, 32) for count in (20, 7, 11)]
+    random = clips.open_clips(tmp_path, 32, None, train=True, labelled=False)
+    assert {int(random[epoch, 2][0][1, 0, 0, 0]) for epoch in range(60)} == set(range(9))
+    with pytest.raises(UserError, match="^moving glyphs never end: give a number of frames, or a folder of videos$"):
+        clips.open_clips("moving-glyphs", 32, frames=None)
+
+
+@pytest.mark.parametrize("name, codec", [("v.avi", "libx264"), ("v.mkv", "mpeg4")])
+def test_all_frames_of_a_video(tmp_path, name, codec):
+    path = save_video(tmp_path / name, moving(30), codec)
+    clip, _ = clips.open_clips(tmp_path, 64, frames=None, labelled=False)[0, 0]
+    assert np.array_equal(frames_of(clip), decoded(path))
+    content = path.read_bytes()
+    begin = content.index(b"movi" if path.suffix == ".avi" else b"\x1f\x43\xb6\x75")
+    path.write_bytes(content[: begin + 150])  # within the first frame
+    assert reason(tmp_path, frames=None) == f"{name}: it has no frames"
+
+
 # --- Folders ----------------------------------------------------------------------------------------------------------
 def animate(path, frames, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -400,6 +430,55 @@ def test_a_video_that_changes_size(tmp_path, second, readable):
         assert clip.shape == (3, 17, 64, 64)
     else:
         assert reason(tmp_path) == "v.mkv: its frames are of different shapes"
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ending, codec", [("webp", ""), ("gif", ""), ("mp4", "libx264"), ("mp4", "mpeg4")])
+def test_written_videos_are_read_as_they_were(tmp_path, monkeypatch, ending, codec):
+    if ending == "mp4":  # which has colours at half the resolution: soft ones
+        monkeypatch.setattr(pytest.importorskip("av"), "codecs_available", {codec})
+        rows, columns = np.mgrid[:48, :64]
+        waves = [[np.sin((rows + 2 * columns) / 40 + i / 3 + c) for c in range(3)] for i in range(12)]
+        frames = np.uint8(128 + 100 * np.moveaxis(waves, 1, -1))
+    else:
+        frames = moving(12, 47, 63)
+    if ending == "gif":
+        frames = np.stack([np.asarray(Image.fromarray(frame).quantize(64).convert("RGB")) for frame in frames])
+    (path := tmp_path / f"v.{ending.upper()}").symlink_to(tmp_path / "victim")
+    clips.write_video(path, torch.from_numpy(frames).permute(3, 0, 1, 2), fps=20)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and not path.is_symlink()
+    found = np.stack(list(clips._read_frames(path, lambda count: 0, None))).astype(float)
+    assert found.shape == frames.shape
+    if ending != "mp4":
+        assert np.array_equal(found, frames)
+        with Image.open(path) as picture:
+            picture.seek(1)
+            picture.load()
+            assert picture.info["duration"] == 50 and picture.info["loop"] == 0
+    else:
+        distances = np.square(found[:, None] - frames).mean((2, 3, 4)) ** 0.5  # of each to each
+        assert (distances.argmin(1) == range(12)).all()
+        # H.264's steps double every 6 quantizers: at 17, 4.5. So far at most, if all latents were rounded to zero.
+        assert distances.diagonal().max() < 4.5
+        with pytest.importorskip("av").open(str(path)) as video:
+            assert video.streams.video[0].average_rate == 20
+
+
+def test_what_is_wrong_with_a_video_to_write_is_said(tmp_path, monkeypatch):
+    def said(name, height=64):
+        (tmp_path / name).write_bytes(b"old")
+        with pytest.raises(UserError) as error:
+            clips.write_video(tmp_path / name, torch.zeros(3, 5, height, 64, dtype=torch.uint8))
+        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"old")]
+        (tmp_path / name).unlink()
+        return str(error.value).replace(f"{tmp_path}/", "")
+
+    assert said("v.avi") == "v.avi ends in none of .webp, .gif, .mp4, the videos that are written"
+    assert said("webp").startswith("webp ends in none")
+    pytest.importorskip("av")
+    assert said("v.mp4", 63) == "v.mp4 cannot be 64x63: .mp4 takes even sides only, .webp any"
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert said("v.mp4").endswith("not installed: pip install av")
 
 
 # --- Moving glyphs ----------------------------------------------------------------------------------------------------
