@@ -116,7 +116,7 @@ CASES = {  # path -> (arguments of each case, tolerances in float32 and in bfloa
             lambda s=s, stride=stride: (module(video_tokenizer.Upsampler, s[1], stride), clips(*s))
             for s, stride in zip(CLIPS, (2, 1, 2))
         ],
-        *(2e-6, 6e-3),
+        *(5e-6, 6e-3),  # float32 as of the blocks: cuDNN's sums of 27 C products
     ),
     "attention.causal": (
         [
