@@ -10,7 +10,6 @@ Letters: T frames, S side in pixels, H W pixels of a video's frame."""
 
 import collections
 import contextlib
-import importlib.util
 import itertools
 import os
 
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 
 import glyphs
-from data import ENDINGS, PictureFolder, load_rgb, opened, plain_file, walk
+from data import ENDINGS, PictureFolder, load_rgb, opened, plain_file, to_picture, walk
 from runtime import UserError, reason_of, replacing
 
 VIDEOS, ANIMATIONS = (".avi", ".mkv", ".mov", ".mp4", ".webm"), (".gif", ".png", ".webp")  # in capitals too
@@ -28,17 +27,16 @@ CLIP, MOVING_GLYPH = 4, 5  # random streams; see data.py
 
 
 def open_clips(source, size, frames=17, train=False, seed=0, labelled=True):
-    """Clips of `frames` consecutive frames of `size` x `size` pixels, as a map-style dataset. None: all of a video's
-    frames, each item of its own T; `.shape` is None then.
+    """Clips of `frames` consecutive frames of `size` x `size` pixels, as a map-style dataset; None: whole videos.
 
     source: built-in `moving-glyphs[:COUNT[:CLASSES]]`, or a folder with one folder a class, with these at any depth:
     videos, by their names (VIDEOS); animated pictures (ANIMATIONS), if the first such picture in a folder is animated;
     folders that hold still pictures and none of these, which are a video's frames, sorted by name.
     train: frames from a random one on, with a random crop, functions of (seed, epoch, index). Otherwise the frames in
     the middle; the crop is random too, as published, but a function of (seed, index). moving-glyphs: other clips.
-    labelled: as in `data.open_pictures`, which tells what is returned; but `.shape` is (T, S, S), and `dataset[epoch,
-    index]` is (uint8 tensor (3, T, S, S), label), and raises whatever PyAV and Pillow raise, and ValueError for too few
-    frames. What is left of a cut-off file is read. As published, a rotation that a file asks for is not applied."""
+    labelled: as in `data.open_pictures`, which tells what is returned; but `.shape` is (T, S, S), of whole videos None,
+    and `dataset[epoch, index]` is (uint8 tensor (3, T, S, S), label), and raises whatever PyAV and Pillow raise, and
+    ValueError for too few frames. What is left of a cut-off file is read. As published, rotations are not applied."""
     assert size > 0 and (frames is None or frames > 0) and seed >= 0
     if str(source).split(":")[0] == "moving-glyphs":
         return MovingGlyphs(str(source), size, frames, train, seed)
@@ -59,8 +57,6 @@ class ClipFolder(PictureFolder):
         found = {}
         for folder, files in walk(self.source):
             videos = [name for name in files if name.lower().endswith(VIDEOS)]
-            if videos:
-                _need_av()
             if _animated(self.source / folder, files):
                 videos += [name for name in files if name.lower().endswith(ANIMATIONS)]
             paths = [os.path.normpath(f"{folder}/{name}") for name in videos]
@@ -73,14 +69,13 @@ class ClipFolder(PictureFolder):
         epoch, index = entry
         rng = np.random.default_rng([CLIP, self.seed, epoch if self.train else 0, index])
 
-        def first_of(count):  # number of the clip's first frame, of the `count` that there are
-            if self.frames is None:
-                return 0
+        def chosen(count):  # numbers of the clip's frames, of the `count` that there are
             if count < self.frames:
                 raise ValueError(f"it has {count} frames, fewer than {self.frames}")
-            return rng.integers(count - self.frames + 1) if self.train else count // 2 - self.frames // 2
+            first = rng.integers(count - self.frames + 1) if self.train else count // 2 - self.frames // 2
+            return range(first, first + self.frames)
 
-        frames = _read_frames(self.source / self.name(index), first_of, self.frames)
+        frames = _read_frames(self.source / self.name(index), chosen if self.frames else range)
         clip = [resize_frame(frame, self.size) for frame in frames]
         if len({frame.shape for frame in clip}) != 1:
             raise ValueError("its frames are of different shapes" if clip else "it has no frames")
@@ -120,48 +115,43 @@ def _animated(folder, names):
     return False
 
 
-def _read_frames(path, first_of, length):
-    """Yields `length` frames of a video, None: all, from number first_of(count) of `count` on, uint8 (H, W, 3)."""
+def _read_frames(path, chosen=range):
+    """Yields frames chosen(count) of the `count` that a video has, a `range`, uint8 (H, W, 3). As it stands: all."""
     if path.is_dir():
         names = sorted(name for name in os.listdir(path) if name[0] != "." and name.lower().endswith(ENDINGS))
-        first = first_of(len(names))
-        for name in names[first : length and first + length]:
-            yield np.asarray(load_rgb(path / name))
+        for number in chosen(len(names)):
+            yield np.asarray(load_rgb(path / names[number]))
     elif path.name.lower().endswith(ANIMATIONS):
         with opened(path) as picture:
-            count = getattr(picture, "n_frames", 1)
-            first = first_of(count)
-            for number in range(count)[first : length and first + length]:
+            for number in chosen(getattr(picture, "n_frames", 1)):
                 picture.seek(number)
                 yield np.asarray(picture.convert("RGB"))
     else:
-        for frame in _video_frames(path, first_of, length):
+        for frame in _decoded(path) if chosen is range else _video_frames(path, chosen):
             if frame.is_corrupt:
                 raise ValueError("a frame of it is damaged")
             yield frame.to_ndarray(format="rgb24")
 
 
-def _video_frames(path, first_of, length):
+def _video_frames(path, chosen):
     """The same of a video file, as PyAV's frames. All packets are read, but only those from a key frame on are decoded;
     all where the time stamps are not of the frames that come out, as in some .avi."""
-    if length is None:
-        return _decoded(path)
     with _opened_video(path) as (video, stream):
         packets = (packet for packet in video.demux(stream) if packet.size and not packet.is_discard)
         times = [(packet.pts or 0, packet.is_keyframe) for packet in packets if not packet.is_corrupt]
     times, keys = sorted(time for time, _ in times), [time for time, is_key in times if is_key]
-    first = first_of(len(times))
-    key = max((time for time in keys if time <= times[first]), default=times[0])
-    times = [time for time in times[: first + length] if time >= key]
-    frames, found, announced = collections.deque(maxlen=length), [], set(times)
+    clip = chosen(len(times))
+    key = max((time for time in keys if time <= times[clip.start]), default=times[0])
+    times = [time for time in times[: clip.stop] if time >= key]
+    frames, found, announced = collections.deque(maxlen=len(clip)), [], set(times)
     decoded = (frame for frame in _decoded(path, key) if frame.pts in announced)
     for frame in itertools.islice(decoded, len(times)):
         frames.append(frame)
         found.append(frame.pts)
     if found == times:
         return frames
-    first = first_of(sum(1 for _ in _decoded(path)))
-    return itertools.islice(_decoded(path), first, first + length)
+    clip = chosen(sum(1 for _ in _decoded(path)))
+    return itertools.islice(_decoded(path), clip.start, clip.stop)
 
 
 def _decoded(path, time=None):
@@ -176,8 +166,7 @@ def _decoded(path, time=None):
 
 @contextlib.contextmanager
 def _opened_video(path):
-    import av
-
+    av = _pyav()
     with plain_file(path) as file:
         try:
             video = av.open(file, container_options={"format_whitelist": CONTAINERS}, metadata_errors="replace")
@@ -191,39 +180,32 @@ def _opened_video(path):
             yield video, stream
 
 
-def _need_av():
-    if not importlib.util.find_spec("av"):
-        raise UserError("PyAV, which reads and writes videos, is not installed: pip install av")
+def _pyav():
+    try:
+        import av
+    except ImportError:
+        raise UserError("PyAV, which reads and writes videos, is not installed: pip install av") from None
+    return av
 
 
 def write_video(path, clip, fps=24):
     """Write uint8 (3, T, H, W) as what `path` ends in: an animated .webp (lossless) or .gif (256 colours), in both of
     which a frame equal to the one before it lengthens that one; or .mp4 (H.264), which needs PyAV and even sides."""
-    ending, frames = os.path.splitext(path)[1].lower(), clip.permute(1, 2, 3, 0).cpu().contiguous().numpy()
+    ending, (height, width) = os.path.splitext(path)[1].lower(), clip.shape[2:]
     if ending not in (".webp", ".gif", ".mp4"):
         raise UserError(f"{path} ends in none of .webp, .gif, .mp4, the videos that are written")
-    if ending == ".mp4":
-        return _write_mp4(path, frames, fps)
-    first, *others = map(Image.fromarray, frames)
-    with replacing(path) as file:
-        options = {"duration": 1000 / fps, "loop": 0, "lossless": True}  # milliseconds, for ever
-        first.save(file, ending[1:], save_all=True, append_images=others, **options)
-
-
-def _write_mp4(path, frames, fps):
-    _need_av()
-    import av
-
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
+    av, frames = ending == ".mp4" and _pyav(), [to_picture(frame) for frame in clip.unbind(1)]
+    if av and (height % 2 or width % 2):
         raise UserError(f"{path} cannot be {width}x{height}: .mp4 takes even sides only, .webp any")
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with replacing(path) as file, av.open(file, "w", "mp4") as video:
-        stream = video.add_stream(codec, fps, {"crf": "17", "b": "8M"})  # quality, of one and the other
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"  # what every player shows
-        for frame in frames:
-            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-        video.mux(stream.encode())
+    with replacing(path) as file:
+        if not av:
+            options = {"duration": 1000 / fps, "loop": 0, "lossless": True}  # milliseconds, for ever
+            return frames[0].save(file, ending[1:], save_all=True, append_images=frames[1:], **options)
+        with av.open(file, "w", "mp4") as video:
+            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"  # their quality: crf, and b
+            stream = video.add_stream(codec, fps, {"crf": "17", "b": "8M"}, width=width, height=height)
+            for frame in [*map(av.VideoFrame.from_image, frames), None]:  # None: the end
+                video.mux(stream.encode(frame))
 
 
 # --- Moving glyphs ----------------------------------------------------------------------------------------------------
@@ -235,7 +217,7 @@ class MovingGlyphs(glyphs.Glyphs):
         super().__init__(source, size, train, seed)
         if frames is None:
             raise UserError("moving glyphs never end: give a number of frames, or a folder of videos")
-        self.shape = frames, size, size
+        self.kind, self.shape = "videos", (frames, size, size)
 
     def __getitem__(self, entry):  # lengths are in sides, times in frames
         frames, size, _ = self.shape

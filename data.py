@@ -56,11 +56,6 @@ def to_uint8(images, rounding=False):
     return (levels.round() if rounding else levels).to(torch.uint8)
 
 
-def to_tensor(picture):
-    """An RGB PIL picture -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-
-
 def to_picture(image):
     """uint8 (3, H, W) -> a PIL picture."""
     return Image.fromarray(image.movedim(0, -1).cpu().contiguous().numpy())
@@ -86,9 +81,9 @@ def open_pictures(source, size, train, seed=0, labelled=True):
     where there are no class folders, or one without pictures.
     size: None takes pictures as they are, neither resized nor cropped; `.shape` is None then.
 
-    Returns a dataset with `len()`, `.source`, `.classes` (names; folders sorted), `.labels` (int64 array), `.shape`
-    (H, W), `.name(index)`, and `dataset[epoch, index]` -> (uint8 tensor (3, S, S), label), which raises whatever Pillow
-    raises for an unreadable picture. Raises UserError where none can be read."""
+    Returns a dataset with `len()`, `.source`, `.kind` ("pictures"), `.classes` (names; folders sorted), `.labels` (int64
+    array), `.shape` (H, W), `.name(index)`, and `dataset[epoch, index]` -> (uint8 tensor (3, S, S), label), which raises
+    whatever Pillow raises for an unreadable picture. Raises UserError where none can be read."""
     assert (size is None or size > 0) and seed >= 0
     if str(source).split(":")[0] == "glyphs":
         return Glyphs(str(source), size, train, seed)
@@ -152,7 +147,7 @@ class PictureFolder:
             picture = resize_and_crop(picture, self.size, rng)
         elif min(picture.size) < self.smallest[0] or max(picture.size) < self.smallest[1]:
             raise ValueError("it is {}x{}, smaller than {}x{}".format(*picture.size, *self.smallest))
-        return to_tensor(picture), int(self.labels[index])
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous(), int(self.labels[index])
 
 
 def walk(source):
@@ -248,23 +243,23 @@ class BadPictures:
         self.count += len(unreadable)
         for index, reason in unreadable.items():
             name = os.fsencode(self.dataset.name(index)).decode(errors="backslashreplace").replace("\n", "\\n")
-            self.seen[index] = f"{name} ({reason})"
+            self.seen[index] = words = f"{name} ({reason})"
             if (self.dataset.source, name) not in _named:
                 _named.add((self.dataset.source, name))
-                tqdm.write(printable(f"warning: unreadable picture skipped: {name} ({reason})"), file=sys.stderr)
+                tqdm.write(printable(f"warning: unreadable {self.dataset.kind[:-1]} skipped: {words}"), file=sys.stderr)
 
     def check(self, total, epochs=1):
         """Raise UserError where more than 1 % of the pictures are unreadable. total: `.count` summed over ranks.
         epochs: how many were drawn from, the one begun included: each has every picture once, so 1 % stop no run."""
         if total > BAD_SHARE * len(self.dataset) * epochs:
-            share = f"more than {BAD_SHARE:.0%} of the {len(self.dataset)} pictures in {self.dataset.source}"
+            share = f"more than {BAD_SHARE:.0%} of the {len(self.dataset)} {self.dataset.kind} in {self.dataset.source}"
             raise UserError(f"{share} cannot be read{self._examples()}; repair or remove them, then run again")
 
     def report(self, seen_by_all):
         """The closing line. seen_by_all: every rank's `.seen`."""
         for seen in seen_by_all:
             self.seen |= seen
-        return f"unreadable pictures: {len(self.seen) or 'none'}{self._examples()}"
+        return f"unreadable {self.dataset.kind}: {len(self.seen) or 'none'}{self._examples()}"
 
     def _examples(self):
         pictures = ", ".join(list(self.seen.values())[:3]) + (", ..." if len(self.seen) > 3 else "")
@@ -299,7 +294,7 @@ class Batch(NamedTuple):
 
 def read_batch(pictures, entries, tries=1):
     """The `Batch`, of NumPy arrays, of a list of (epoch, index). In the place of an unreadable picture stands the next
-    readable one of the `tries` pictures from it on, a function of the entry alone; else it is left out."""
+    readable one of the `tries` pictures from it on, a function of the entry alone; else all its crops are left out."""
     samples, unreadable = [], {}
     for epoch, index in entries:
         for place in range(index, index + tries):
@@ -308,6 +303,7 @@ def read_batch(pictures, entries, tries=1):
                 break
             except Exception as error:  # noqa: BLE001 (Pillow's readers raise a dozen types for damaged files)
                 unreadable.setdefault(index, reason_of(error))
+    samples = [sample for sample in samples if tries > 1 or sample[2] not in unreadable]  # clips of a damaged video
     images, labels, indices = zip(*samples) if samples else ((), (), ())
     images = torch.stack(images) if images else torch.zeros(0, 3, *(pictures.shape or (0, 0)), dtype=torch.uint8)
     return Batch(images.numpy(), np.array(labels, np.int64), np.array(indices, np.int64), unreadable)
@@ -332,9 +328,8 @@ def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None,
     Unreadable pictures are left out and listed, so b may be less than `batch`, even 0. indices: these pictures only
     (before sharing out). crops: each picture so often in a row, with the crops of epochs 0 .. crops - 1."""
     share = np.array_split(range(len(dataset)) if indices is None else indices, world)[rank].tolist()
-    entries = [(crop, index) for index in share for crop in range(crops)]
-    each = batch * crops
-    return _loader(dataset, (entries[i : i + each] for i in range(0, len(entries), each)), 0, workers)
+    parts = (share[i : i + batch] for i in range(0, len(share), batch))
+    return _loader(dataset, ([(crop, index) for index in part for crop in range(crops)] for part in parts), 0, workers)
 
 
 class _Entries:  # item by item as asked for: a worker hands a list of them to `collate_fn`, which reads the batch
@@ -346,15 +341,11 @@ def _loader(pictures, entries, full, workers):
     """Yields the `Batch` of each list in `entries`, of `full` pictures where that is not 0. Between processes it holds
     NumPy's arrays, through a pipe: torch's go through /dev/shm, which containers keep small; full, it hangs."""
     pin = torch.accelerator.is_available()
-    loader = DataLoader(
-        _Entries(),
-        batch_sampler=entries,
-        collate_fn=functools.partial(read_batch, pictures, tries=enough_tries(pictures) if full else 1),
-        num_workers=workers,  # torch gives each one thread
-        pin_memory=pin,  # does not touch arrays, but has a thread take them out of the pipe
-        worker_init_fn=_begin_worker,
-        generator=torch.Generator(),  # leaves the global one alone
-    )
+    read = functools.partial(read_batch, pictures, tries=enough_tries(pictures) if full else 1)
+    # pin_memory leaves arrays alone, but has a thread take them out of the pipe.
+    options = {"num_workers": workers, "pin_memory": pin, "worker_init_fn": _begin_worker}
+    options |= {"generator": torch.Generator()}  # leaves the global one alone
+    loader = DataLoader(_Entries(), batch_sampler=entries, collate_fn=read, **options)
     for *arrays, unreadable in loader:
         if len(arrays[0]) < full:
             raise UserError(f"too many pictures in {pictures.source} cannot be read: {next(iter(unreadable.values()))}")
@@ -381,7 +372,7 @@ FORMAT, VERSION = "nanoMAGVIT2 codes", 1
 
 
 def codes_shape(manifest):
-    return manifest["count"], max(1, manifest["crops"]), manifest["grid"][0] * manifest["grid"][1]
+    return manifest["count"], max(1, manifest["crops"]), math.prod(manifest["grid"])
 
 
 def read_manifest(folder):
@@ -395,10 +386,11 @@ def read_manifest(folder):
             raise ValueError(f"it does not say {FORMAT}")
         if manifest["version"] > VERSION:
             raise UserError(f"the code cache {folder} was made by a newer version of this project; update it")
-        numbers = [manifest["count"], 1 + manifest["crops"], manifest["bits"], manifest["size"], *manifest["grid"]]
+        numbers = [manifest["count"], 1 + manifest["crops"], manifest["bits"], manifest["size"]]
+        numbers += [manifest.get("frames", 1), *manifest["grid"]]  # frames: of clips only
         sound = all(type(number) is int and 1 <= number <= 2**40 for number in numbers)
-        if not sound or len(numbers) != 6 or manifest["bits"] > 30:
-            raise ValueError(f"count, 1 + crops, bits, size, height, width are {numbers}")
+        if not sound or len(numbers) != 7 + ("frames" in manifest) or manifest["bits"] > 30:
+            raise ValueError(f"count, 1 + crops, bits, size, frames, grid are {numbers}")
         if type(manifest["classes"]) is not list or {type(name) for name in manifest["classes"]} != {str}:
             raise ValueError("classes is no list of names")
         manifest["complete"] = bool(manifest["complete"])
@@ -414,8 +406,8 @@ def read_manifest(folder):
 class open_codes:
     """The readable pictures' codes of the complete cache in `folder`; UserError where it is none. Scans no codes.
 
-    `len()`, `.labels` (int64 array), `.classes` (names), `.grid` (h, w), `.manifest`, `.identity` (hash of what decides
-    the codes); `.codes`, the memory map int32 (count, max(1, crops), h*w), and `.rows`, the readable ones in it."""
+    `len()`, `.labels` (int64 array), `.classes` (names), `.grid` (h, w) or (t, h, w), `.manifest`, `.identity` (hash of
+    what decides the codes); `.codes`, memory map int32 (count, max(1, crops), h*w); `.rows`, the readable ones in it."""
 
     def __init__(self, folder):
         self.manifest = read_manifest(folder)

@@ -1,7 +1,8 @@
-"""Turn pictures into a cache of code indices, once, so that stage II never runs the encoder.
+"""Turn pictures or videos into a cache of code indices, once, so that stage II never runs the encoder.
 
     python encode.py --tokenizer runs/tokenizer --data imagenet/train --size 256 --out codes/train
     torchrun --nproc_per_node=8 encode.py --tokenizer 256_L --data imagenet/train --crops 10 --out codes/train
+    python encode.py --tokenizer video_128 --data ucf101/train --size 128 --crops 10 --out codes/ucf101
 
 Open-MAGVIT2 (arXiv 2409.04410) trains its transformer on the indices of a frozen tokenizer. In --out: codes.bin,
 labels.bin, manifest.json, and tokenizer.pt, all that train_ar.py needs. Stopped anywhere, the same command goes on."""
@@ -22,23 +23,26 @@ from tqdm import tqdm
 import checkpoint
 import data
 import runtime
+from clips import open_clips
 from runtime import UserError, at_least
 from tokenizer import load_tokenizer
+from video_tokenizer import VideoTokenizer
 
 
 def parse(argv=None):
     arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("pictures").add_argument
-    add("--data", required=True, help="folder of class folders of pictures; or glyphs[:COUNT[:CLASSES]], built in")
+    add("--data", required=True, help="class folders of pictures, videos; or [moving-]glyphs[:COUNT[:CLASSES]]")
     add("--unlabelled", action="store_true", help="take --data's pictures at any depth, all of one class")
     add("--size", type=at_least(1), default=256, help="side of the crops, pixels")
-    add("--crops", type=at_least(0), default=0, help="random crops a picture (a square has but one); 0: centre only")
+    add("--crops", type=at_least(0), default=0, help="random crops a picture, clips a video; 0: centre, middle only")
+    add("--frames", type=at_least(1), help="of a clip, for a video tokenizer (default: 17)")
     add("--seed", type=at_least(0), default=0, help="of the random crops; glyphs: another seed, other pictures")
     add("--workers", type=at_least(0), default=2, help="loader processes per device")
     add = arguments.add_argument_group("encoding").add_argument
     add("--tokenizer", required=True, help="released name (256_L; or B, for the one that B has), file, or run folder")
     add("--raw", action="store_true", help="the training weights instead of their moving average (EMA)")
-    add("--batch", type=at_least(1), default=64, help="crops a device at once")
+    add("--batch", type=at_least(1), help="crops a device at once (default: 64; of clips 4)")
     # A code is the sign of a latent, and rounding turns some: another token, not a slightly different one.
     add("--precision", default="fp32", help="fp32; or bf16, fp16: faster, and some codes differ")
     add = arguments.add_argument_group("output").add_argument
@@ -117,6 +121,8 @@ def open_writer(rt, args, tokenizer, pictures):
     settings |= {"grid": [args.size // tokenizer.factor] * 2, "size": args.size, "crops": args.crops}
     settings |= {"seed": args.seed, "precision": args.precision, "classes": pictures.classes, "count": len(pictures)}
     settings |= {"picture_names_hash": hashlib.sha256(names).hexdigest(), "source": str(args.data)}
+    if args.frames:
+        settings |= {"grid": [tokenizer.latent_frames(args.frames), *settings["grid"]], "frames": args.frames}
     if rt.main and not CodeWriter(args.out, settings).manifest["complete"]:
         content = {"kind": "tokenizer", "config": asdict(tokenizer.config), "tokenizer": tokenizer.state_dict()}
         checkpoint.write_atomically(Path(args.out) / "tokenizer.pt", content)
@@ -125,7 +131,7 @@ def open_writer(rt, args, tokenizer, pictures):
 
 
 def encode(rt, tokenizer, images, batch, precision):
-    """uint8 (b, 3, S, S) -> indices (b, h*w) on the CPU, `batch` images at a time."""
+    """uint8 (b, 3, S, S) -> indices (b, h*w) on the CPU, `batch` images at a time; clips likewise, (b, t*h*w)."""
     codes = []
     for part in images.split(batch):
         with torch.inference_mode(), runtime.autocast(rt.device, precision):
@@ -134,36 +140,36 @@ def encode(rt, tokenizer, images, batch, precision):
     return torch.cat(codes)
 
 
-def share_used(folder):
-    """The share of all codes that the cache holds at least once."""
-    codes = data.open_codes(folder)
-    used = np.zeros(2 ** codes.manifest["bits"], bool)
-    for rows in np.array_split(codes.rows, math.ceil(len(codes) / 1000)):
-        used[codes.codes[rows]] = True
-    return used.mean()
-
-
 def main():
     args = parse()
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
-    glyphs = args.data.split(":")[0] == "glyphs"
+    glyphs = args.data.split(":")[0] in ("glyphs", "moving-glyphs")
     if glyphs and args.crops:
         raise UserError("glyphs are drawn to size, there is nothing to crop: leave --crops out")
 
     # Pictures, tokenizer, cache: whatever is wrong shows before any work is done.
     train = bool(args.crops) or glyphs  # random crops of a folder; the glyphs that the tokenizer was trained on
-    pictures = data.open_pictures(args.data, args.size, train, args.seed, labelled=not args.unlabelled)
     tokenizer = load_tokenizer(args.tokenizer, ema=not args.raw)
     if args.size % tokenizer.factor:
         raise UserError(f"--size {args.size} is not a multiple of {tokenizer.factor}, this tokenizer's factor")
+    if isinstance(tokenizer, VideoTokenizer):
+        args.frames, args.batch, kind, unit = args.frames or 17, args.batch or 4, "videos", "clips"
+        if (args.frames - 1) % (factor := tokenizer.time_factor):
+            raise UserError(f"--frames {args.frames} is not 1 more than a multiple of {factor}: the last would be lost")
+        pictures = open_clips(args.data, args.size, args.frames, train, args.seed, not args.unlabelled)
+    elif args.frames:
+        raise UserError(f"{args.tokenizer} is a tokenizer of images: leave --frames out")
+    else:
+        args.batch, kind, unit = args.batch or 64, "pictures", "images"
+        pictures = data.open_pictures(args.data, args.size, train, args.seed, not args.unlabelled)
     writer = open_writer(rt, args, tokenizer, pictures)
     if writer.manifest["complete"]:
-        rt.say(f"{args.out} is already complete: {len(pictures)} pictures")
+        rt.say(f"{args.out} is already complete: {len(pictures)} {kind}")
         return
     rt.place(tokenizer)
     todo = writer.todo()
-    rt.say(f"device {rt.device.type} x {rt.world}, {args.precision}, {len(todo)} of {len(pictures)} pictures to do")
+    rt.say(f"device {rt.device.type} x {rt.world}, {args.precision}, {len(todo)} of {len(pictures)} {kind} to do")
     rt.barrier()  # all ranks share out the same list: none writes before all have read it
 
     crops = max(1, args.crops)
@@ -171,25 +177,24 @@ def main():
     batches = data.evaluation_batches(pictures, at_once, rt.rank, rt.world, args.workers, todo, crops)
     rounds = math.ceil(math.ceil(len(todo) / rt.world) / at_once)  # of the rank with the largest share
     stop, bad = runtime.StopSignal(), data.BadPictures(pictures)
-    bar = tqdm(total=len(todo), disable=not (rt.main and sys.stderr.isatty()), unit="pictures")
+    bar = tqdm(total=len(todo), disable=not (rt.main and sys.stderr.isatty()), unit=kind)
     began = spoke = time.perf_counter()
     done = done_by_all = 0
 
     def progress():
         images, took = done_by_all * crops, time.perf_counter() - began
-        return f"{done_by_all} of {len(todo)} pictures, {images} images, {took:.1f} s, {images / took:.1f} images/s"
+        return f"{done_by_all} of {len(todo)} {kind}, {images} {unit}, {took:.1f} s, {images / took:.1f} {unit}/s"
 
     for _ in range(rounds):
-        batch = next(batches, None)
-        if batch is not None:  # else this rank's share was smaller, and the others wait for it below
-            if len(batch.labels):
-                codes = encode(rt, tokenizer, batch.images, args.batch, args.precision)
-                codes = codes.view(-1, crops, codes.shape[1])  # (b, h*w) -> (pictures, crops, h*w)
-                writer.write(batch.indices[::crops], codes, batch.labels[::crops])
-            if batch.unreadable:
-                writer.write_unreadable(batch.unreadable)
-            bad.add(batch.unreadable)
-            done += len(batch.labels) // crops + len(batch.unreadable)
+        batch = next(batches, data.Batch((), (), (), {}))  # empty where this rank's share was smaller
+        if len(batch.labels):
+            codes = encode(rt, tokenizer, batch.images, args.batch, args.precision)
+            codes = codes.view(-1, crops, codes.shape[1])  # (b, h*w) -> (pictures, crops, h*w)
+            writer.write(batch.indices[::crops], codes, batch.labels[::crops])
+        if batch.unreadable:
+            writer.write_unreadable(batch.unreadable)
+        bad.add(batch.unreadable)
+        done += len(batch.labels) // crops + len(batch.unreadable)
         asked, done_by_all, bad_of_all = map(int, rt.reduce([stop.asked, done, bad.count]))
         bad.check(bad_of_all)
         bar.update(done_by_all - bar.n)
@@ -206,8 +211,11 @@ def main():
     elif rt.main:
         writer.finish()
         rt.say(progress())
-        rt.say(f"codes used {share_used(args.out):.2%} of 2^{tokenizer.config.bits}")
-        rt.say(f"unreadable pictures: {int((writer.labels() == data.UNREADABLE).sum()) or 'none'}")
+        codes, used = data.open_codes(args.out), np.zeros(2**tokenizer.config.bits, bool)
+        for rows in np.array_split(codes.rows, math.ceil(len(codes) / 1000)):
+            used[codes.codes[rows]] = True
+        rt.say(f"codes used {used.mean():.2%} of 2^{tokenizer.config.bits}")
+        rt.say(f"unreadable {kind}: {int((writer.labels() == data.UNREADABLE).sum()) or 'none'}")
         rt.say(f"complete: {args.out}")
 
 

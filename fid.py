@@ -192,7 +192,7 @@ class NpzPictures:
     """The pictures, or clips, `arr_0` (N, *axes, 3) of an .npz, read from the disk one by one as `[epoch, index]`."""
 
     def __init__(self, path, what="pictures", axes=("height", "width")):
-        self.source, self.array = path, npz_array(path, "arr_0")
+        self.source, self.kind, self.array = path, what, npz_array(path, "arr_0")
         shape, kind, due = self.array.shape, self.array.dtype, f"uint8, (N, {', '.join(axes)}, 3)"
         if kind != np.uint8 or len(shape) != len(axes) + 2 or shape[-1] != 3 or 0 in shape:
             raise UserError(f"arr_0 of {path} is {kind} of shape {shape}; {what} are {due}")

@@ -25,7 +25,7 @@ class Glyphs:
     """The data set `glyphs`, `glyphs:COUNT` or `glyphs:COUNT:CLASSES`; see `data.open_pictures`."""
 
     def __init__(self, source, size, train, seed=0):
-        self.source, self.shape, self.train, self.seed = source, (size, size), train, seed
+        self.source, self.kind, self.shape, self.train, self.seed = source, "pictures", (size, size), train, seed
         kind, *parts = source.split(":")
         count, classes = parts + [COUNT, CLASSES][len(parts) :] if len(parts) < 3 else ("", "")
         if not (count.isdecimal() and len(count) < 10 and int(count) > 0 and classes.isascii() and classes.isalnum()):

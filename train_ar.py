@@ -67,6 +67,8 @@ def parse(argv=None):
 def open_caches(args):
     """(training codes, validation codes or None, the tokenizer that made both)."""
     codes, path = data.open_codes(args.codes), Path(args.codes) / "tokenizer.pt"
+    if len(codes.grid) > 2:
+        raise UserError(f"{args.codes} holds codes of clips, and train_ar.py takes those of pictures only")
     tokenizer = load_tokenizer(path)
     if hash_of(tokenizer.state_dict()) != codes.manifest["tokenizer_hash"]:
         raise UserError(f"{path} is not the tokenizer that made these codes; encode {args.codes} again")

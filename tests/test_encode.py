@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import signal
@@ -15,8 +16,10 @@ from scripts import fails_with_one_line, run, start
 import checkpoint
 import data
 import encode
+from clips import open_clips, write_video
 from runtime import Unreadable, UserError
 from tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from video_tokenizer import VideoTokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The cache's folder: CodeWriter and data.open_codes
@@ -158,6 +161,7 @@ def test_damaged_and_foreign_caches_are_refused(tmp_path):
         data.open_codes(tmp_path)
     wrongs = [{"crops": None}, {"version": "one"}, {"grid": [4]}, {"grid": [2, 3, 1]}, {"grid": 6}, {"count": -9}]
     wrongs += [{"count": 10**30}, {"count": 9.0}, {"classes": "xy"}, {"classes": [1, 2]}, {"classes": []}]
+    wrongs += [{"frames": 5}, {"frames": 5, "grid": [6]}] + [{"frames": n, "grid": [3, 2, 1]} for n in (0, "5", None)]
     for wrong in [*wrongs, {"bits": 99}, {"bits": "18"}]:
         (tmp_path / "manifest.json").write_text(json.dumps(manifest | wrong))
         with pytest.raises(UserError, match="manifest.json is not a code cache's manifest"):
@@ -210,17 +214,26 @@ def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path):
 # The script
 
 CONFIG = TokenizerConfig(channels=32, channel_multipliers=(1, 1), blocks_per_level=1, bits=8)
+VIDEO_CONFIG = TokenizerConfig(channels=32, channel_multipliers=(2, 1), blocks_per_level=1, bits=8)  # halves time, too
 
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
     """A tiny tokenizer whose moving average differs from its weights."""
+    return tokenizer_in(tmp_path_factory.mktemp("tokenizer"), Tokenizer, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def video_tokenizer_file(tmp_path_factory):
+    return tokenizer_in(tmp_path_factory.mktemp("video_tokenizer"), VideoTokenizer, VIDEO_CONFIG)
+
+
+def tokenizer_in(folder, network, config):
     torch.manual_seed(0)
-    state, average = Tokenizer(CONFIG).state_dict(), Tokenizer(CONFIG).state_dict()
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.pt"
-    content = {"kind": "tokenizer", "config": asdict(CONFIG), "tokenizer": state, "tokenizer_ema": average}
-    checkpoint.write_atomically(path, content)
-    return path
+    state, average = network(config).state_dict(), network(config).state_dict()
+    content = {"kind": "tokenizer", "config": asdict(config), "tokenizer": state, "tokenizer_ema": average}
+    checkpoint.write_atomically(folder / "tokenizer.pt", content)
+    return folder / "tokenizer.pt"
 
 
 @pytest.fixture(scope="module")
@@ -326,12 +339,20 @@ def test_random_crops(tokenizer_file, tmp_path, encode_here, batch):
     assert not (codes.codes[codes.rows, 0] == codes.codes[codes.rows, 1]).all()
 
 
-def test_stopped_anywhere_the_same_command_goes_on(tokenizer_file, tmp_path, encode_here):
-    source = "glyphs:500:ABC"
-    encode_here(tokenizer_file, source, tmp_path / "whole")
-    stops = {signal.SIGTERM: tmp_path / "asked", signal.SIGKILL: tmp_path / "killed"}
+@pytest.mark.parametrize(
+    "kind, source, stops",
+    [
+        ("tokenizer_file", "glyphs:500:ABC", {signal.SIGTERM: "asked", signal.SIGKILL: "killed"}),
+        ("video_tokenizer_file", "moving-glyphs:100:ABC", {signal.SIGKILL: "killed"}),
+    ],
+)
+def test_stopped_anywhere_the_same_command_goes_on(kind, source, stops, request, tmp_path, encode_here):
+    tokenizer_file, frames = request.getfixturevalue(kind), ["--frames", 3] * (kind == "video_tokenizer_file")
+    count, what = int(source.split(":")[1]), "videos" if frames else "pictures"
+    encode_here(tokenizer_file, source, tmp_path / "whole", *frames)
     for number, folder in stops.items():
-        script = start("encode.py", *flags(tokenizer_file, source, folder, "--batch", 2, "--workers", 1))
+        folder = tmp_path / folder
+        script = start("encode.py", *flags(tokenizer_file, source, folder, "--batch", 2, "--workers", 1, *frames))
         deadline = time.monotonic() + 60
         while not (
             (folder / "manifest.json").exists() and (np.fromfile(folder / "labels.bin", np.int32) >= 0).sum() >= 10
@@ -341,11 +362,91 @@ def test_stopped_anywhere_the_same_command_goes_on(tokenizer_file, tmp_path, enc
         os.killpg(script.pid, number)  # a batch system's signal goes to the loader's worker too
         output, errors = script.communicate(timeout=120)
         done = (np.fromfile(folder / "labels.bin", np.int32) >= 0).sum()
-        assert 10 <= done < 500, "it was not stopped midway"
+        assert 10 <= done < count, "it was not stopped midway"
         if number == signal.SIGTERM:
-            assert script.returncode == 0 and errors == "" and f"stopped after {done} of 500" in output
-        assert f"{500 - done} of 500 pictures to do" in encode_here(tokenizer_file, source, folder)
+            assert script.returncode == 0 and errors == "" and f"stopped after {done} of {count}" in output
+        assert f"{count - done} of {count} {what} to do" in encode_here(tokenizer_file, source, folder, *frames)
         assert content(folder) == content(tmp_path / "whole")
+
+
+def test_codes_of_moving_glyphs(video_tokenizer_file, tmp_path):
+    source, more = "moving-glyphs:9:ABC", ["--frames", 5, "--batch", 2]
+    done = run("encode.py", *flags(video_tokenizer_file, source, tmp_path / "one", *more))
+    run("encode.py", *flags(video_tokenizer_file, source, tmp_path / "two", *more, "--workers", 1), processes=2)
+    assert "9 of 9 videos, 9 clips" in done.stdout and "unreadable videos: none" in done.stdout
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    codes = data.open_codes(tmp_path / "one")
+    assert codes.grid == (3, 8, 8) and codes.manifest["frames"] == 5 and codes.labels.tolist() == [0, 1, 2] * 3
+    tokenizer = load_tokenizer(video_tokenizer_file)
+    dataset = open_clips(source, 16, 5, train=True)
+    for row in (0, 5, 8):
+        expected = tokenizer.encode(data.to_float(dataset[0, row][0][None])).flatten(1)
+        assert torch.equal(codes.batch([(0, row)], seed=0)[0], expected)
+    again = load_tokenizer(tmp_path / "one" / "tokenizer.pt")
+    assert isinstance(again, VideoTokenizer) and again.config == VIDEO_CONFIG
+    assert checkpoint.hash_of(again.state_dict()) == codes.manifest["tokenizer_hash"]
+    said = fails_with_one_line("train_ar.py", "--codes", tmp_path / "one", "--out", tmp_path / "run")
+    assert "holds codes of clips" in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("crops", [0, 3])
+def test_codes_of_videos(video_tokenizer_file, tmp_path, encode_here, crops):
+    random = np.random.default_rng(0)
+    source, count = tmp_path / "videos", 9
+    for i, ending in enumerate(["webp", "gif"] + ["mp4"] * (importlib.util.find_spec("av") is not None)):
+        folder = source / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        clip = random.integers(0, 256, (3, count + i, 5, 6), dtype=np.uint8).repeat(4, 2).repeat(5, 3)
+        write_video(folder / f"{ending}.{ending}", torch.from_numpy(clip))
+    (source / "b" / "frames").mkdir()
+    for i in range(count):
+        picture = Image.fromarray(random.integers(0, 256, (18, 20, 3), dtype=np.uint8))
+        picture.save(source / "b" / "frames" / f"{i}.png")
+    output = encode_here(video_tokenizer_file, source, tmp_path / "out", "--frames", 5, "--crops", crops, "--seed", 4)
+    dataset = open_clips(source, 16, 5, train=crops > 0, seed=4)
+    assert f"{len(dataset)} of {len(dataset)} videos, {len(dataset) * max(1, crops)} clips" in output
+    codes = data.open_codes(tmp_path / "out")
+    assert len(codes) == len(dataset) and codes.codes.shape[1:] == (max(1, crops), 3 * 8 * 8)
+    assert codes.classes == ["a", "b"] and codes.labels.tolist() == dataset.labels.tolist()
+    tokenizer = load_tokenizer(video_tokenizer_file)
+    for row in range(len(dataset)):
+        for crop in range(max(1, crops)):
+            expected = tokenizer.encode(data.to_float(dataset[crop, row][0][None])).flatten()
+            assert codes.codes[row, crop].tolist() == expected.tolist()
+    assert crops == 0 or not (codes.codes[:, 0] == codes.codes[:, 1]).all()
+    with pytest.raises(
+        UserError, match=r"made with grid \[3, 8, 8\], not \[2, 8, 8\].*; frames 5, not 3: give another"
+    ):
+        encode_here(video_tokenizer_file, source, tmp_path / "out", "--frames", 3, "--crops", crops, "--seed", 4)
+
+
+def test_a_video_of_which_some_clips_can_be_read_is_left_out(video_tokenizer_file, tmp_path, encode_here):
+    for video in range(100):
+        (tmp_path / "v" / f"{video:02}").mkdir(parents=True)
+        for frame in range(2):
+            Image.new("RGB", (16, 16), (video, frame, 0)).save(tmp_path / "v" / f"{video:02}" / f"{frame}.png")
+    (tmp_path / "v" / "40" / "1.png").write_bytes(b"")
+    dataset = open_clips(tmp_path / "v", 16, 1, train=True, labelled=False)
+    readable = [len(data.read_batch(dataset, [(crop, 40)]).images) for crop in range(5)]
+    assert set(readable) == {0, 1}
+    batch = data.read_batch(dataset, [(crop, index) for index in (40, 41) for crop in range(5)])
+    assert list(batch.unreadable) == [40] and batch.indices.tolist() == [41] * 5
+    more = ["--frames", 1, "--crops", 5, "--batch", 35, "--unlabelled"]
+    assert "unreadable videos: 1\n" in encode_here(video_tokenizer_file, tmp_path / "v", tmp_path / "out", *more)
+    codes = data.open_codes(tmp_path / "out")
+    assert codes.rows.tolist() == [i for i in range(100) if i != 40] and (codes.codes[40] == 0).all()
+
+
+def test_a_picture_of_a_cache_says_nothing_of_frames(tokenizer_file, tmp_path, encode_here):
+    """Or caches of before would not be gone on with."""
+    encode_here(tokenizer_file, "glyphs:2:A", tmp_path)
+    names = "format version tokenizer_hash bits grid size crops seed precision classes count picture_names_hash source"
+    assert list(json.loads((tmp_path / "manifest.json").read_text())) == [*names.split(), "complete"]
+
+
+def test_seventeen_frames_are_the_default(video_tokenizer_file, tmp_path, encode_here):
+    encode_here(video_tokenizer_file, "moving-glyphs:2:A", tmp_path)
+    assert data.open_codes(tmp_path).grid == (9, 8, 8) and data.open_codes(tmp_path).manifest["frames"] == 17
 
 
 def test_a_wrong_path_is_one_line_and_exit_code_2(tokenizer_file, tmp_path):
@@ -354,14 +455,24 @@ def test_a_wrong_path_is_one_line_and_exit_code_2(tokenizer_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_wrong_is_said_before_anything_is_written(tokenizer_file, pictures, tmp_path, encode_here):
+def test_what_is_wrong_is_said_before_anything_is_written(
+    tokenizer_file, video_tokenizer_file, pictures, tmp_path, encode_here
+):
     for source, flag, words in [
         (pictures, "--tokenizer=none.pt", "there is no file or folder none.pt"),
         (pictures, "--size=17", "--size 17 is not a multiple of 2"),
         ("glyphs:9", "--crops=2", "leave --crops out"),
+        (pictures, "--frames=5", "is a tokenizer of images: leave --frames out"),
     ]:
         with pytest.raises(UserError, match=words):
             encode_here(tokenizer_file, source, tmp_path / "out", flag)
+    for more, words in [
+        (["--frames=4"], "^--frames 4 is not 1 more than a multiple of 2: the last would be lost$"),
+        (["--size=17"], "--size 17 is not a multiple of 2"),
+        (["--crops=2"], "leave --crops out"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            encode_here(video_tokenizer_file, "moving-glyphs:9", tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
 
 
