@@ -3,8 +3,8 @@
     python fvd.py REFERENCE SAMPLES --i3d i3d_pretrained_400.pt
     torchrun --nproc_per_node=8 fvd.py REFERENCE SAMPLES       # every device takes a share
 
-A set is an .npz of clips (`arr_0`, uint8, (N, T, H, W, 3)), both of one T, H, W. Out come FVD in float64 and as
-published, in float32, with the protocol. The count of clips is part of a number: the bias falls with it.
+A set is an .npz of clips (`arr_0`, uint8, (N, T, H, W, 3)) or a folder of videos (clips.py), of one T, H, W. Out come
+FVD in float64, and in float32 as published, with the protocol. The count of clips is part of it: the bias depends on it.
 
 Letters: B batch, N clips, D features, C channels, T frames, H W pixels."""
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import runtime
 from checkpoint import load_network
+from clips import open_clips
 from fid import NpzPictures, frechet_distance, gather_rows, moments, readable_batches, report
 from runtime import UserError, at_least, exact_float32
 
@@ -106,8 +107,7 @@ def load_i3d(path=None):
     """(I3D with weights, SHA-256 of the file) from `path`, or from torch's hub cache; UserError where it is not there."""
     cached = Path(torch.hub.get_dir(), "checkpoints", I3D_FILE)
     if not path and not cached.exists():
-        words = "put it there, the file of VideoGPT and TATS (I3D as in piergiaj's pytorch-i3d)"
-        raise UserError(f"there is no {cached}: {words}, or give --i3d FILE")
+        raise UserError(f"there is no {cached}: put VideoGPT's file (piergiaj's I3D) there, or give --i3d FILE")
     return load_network(I3D(), path or cached, f"the I3D network ({I3D_FILE})")
 
 
@@ -135,12 +135,14 @@ def published_distance(a, b):
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
-def open_set(path):
-    """The clips at `path`, not yet read: a dataset of uint8 (3, T, H, W), its `shape` (T, H, W), `words` for them."""
+def open_set(path, frames=17, size=128):
+    """The clips at `path`, where that is a folder of T `frames` and of `size`, not yet read: a dataset of uint8 (3, T,
+    H, W), its `shape` (T, H, W), `words` for them."""
     if Path(path).is_dir():
-        raise UserError(f"{path} is a folder; give an .npz of clips (arr_0, uint8, (N, frames, height, width, 3))")
-    with runtime.reading(path, "an .npz of clips"):
-        clips = NpzPictures(path, "clips", ("frames", "height", "width"))
+        clips = open_clips(path, size, frames, labelled=False)
+    else:
+        with runtime.reading(path, "an .npz of clips"):
+            clips = NpzPictures(path, "clips", ("frames", "height", "width"))
     clips.words = f"{len(clips)} clips of {'x'.join(map(str, clips.shape))}"
     if len(clips) < 2 or clips.shape[0] < 9:
         raise UserError(f"{path} has {clips.words}; FVD takes 2 clips or more, of 9 frames or more")
@@ -150,30 +152,34 @@ def open_set(path):
 def parse(argv=None):
     arguments = runtime.parser(__doc__)
     add = arguments.add_argument
-    add("reference", help=".npz of clips")
+    add("reference", help=".npz of clips, or a folder of videos")
     add("samples", help="the same")
+    add("--frames", type=at_least(9), default=17, help="of a folder's clips")
+    add("--size", type=at_least(1), default=128, help="side of a folder's clips, pixels")
     add("--i3d", help=f"weights file, {I3D_FILE} (default: the one in torch's hub cache)")
     add("--json", help="write numbers, protocol and warnings to this file")
     add("--batch", type=at_least(1), default=16, help="clips a device at once; changes no number")
+    add("--workers", type=at_least(0), default=2, help="loader processes per device, for folders; changes no number")
     return arguments.parse_args(argv)
 
 
 def main():
     args = parse()
     rt = runtime.start()
-    sets = [open_set(path) for path in (args.reference, args.samples)]
+    sets = [open_set(path, args.frames, args.size) for path in (args.reference, args.samples)]
     if sets[0].shape != sets[1].shape:
         raise UserError("{0.source} has {0.words}, {1.source} {1.words}: bring them to one shape".format(*sets))
     i3d, sha256 = load_i3d(args.i3d)
     i3d.to(rt.device)
     logits = []
     for clips in sets:
-        batches = readable_batches(rt, clips, args.batch, workers=0)  # an .npz needs no decoding
+        batches = readable_batches(rt, clips, args.batch, 0 if isinstance(clips, NpzPictures) else args.workers)
         logits.append(gather_rows(rt, [features(i3d, batch.images.to(rt.device)) for batch in batches], 400))
     if not rt.main:
         return
     numbers = {"FVD": frechet_video_distance(*logits), "FVD published": published_distance(*logits)}
-    protocol = {name: f"{clips.source}: {clips.words}" for name, clips in zip(("reference", "samples"), sets)}
+    names = [f"{clips.source}: {clips.words}, {len(clips) - len(rows)} unreadable" for clips, rows in zip(sets, logits)]
+    protocol = dict(zip(("reference", "samples"), names))
     protocol["I3D"] = f"SHA-256 {sha256}; frames resized to 224x224, bilinear, without antialias"
     protocol["device"] = f"{rt.device.type} x {rt.world}, torch {torch.__version__}"
     biased = "below 2048 FVD is biased upwards, so compare it only with numbers from the same counts"

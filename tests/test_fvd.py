@@ -7,9 +7,11 @@ import pytest
 import scipy.linalg
 import torch
 from golden_files import FOLDER, fill, load, relative
+from PIL import Image
 from scripts import fails_with_one_line, run
 
 import fvd
+from clips import open_clips
 from runtime import UserError
 
 
@@ -178,6 +180,32 @@ def test_one_process_and_two(tmp_path, i3d, weights, one_thread, monkeypatch):
     assert sha256 in found["protocol"]["I3D"] and len(found["warnings"]) == 2
 
 
+def save_frames(folder, count, height, width):
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.effect_noise((width, height), 80).convert("RGB").save(folder / f"{number:02}.png")
+
+
+def test_a_folder_is_the_clips_in_the_middle(tmp_path, monkeypatch):
+    """Against an .npz of what clips.open_clips gives, of videos of unequal lengths and shapes; pixels for features."""
+    for name, shape in {"a": (10, 24, 20), "b/c": (9, 20, 20), "b/d": (13, 20, 30)}.items():
+        save_frames(tmp_path / "videos" / name, *shape)
+    clips = open_clips(tmp_path / "videos", 16, 9, labelled=False)
+    np.savez(tmp_path / "clips.npz", arr_0=torch.stack([clips[0, i][0] for i in range(3)]).movedim(1, -1))
+    np.savez(tmp_path / "others.npz", arr_0=np.random.default_rng(0).integers(256, size=(2, 9, 16, 16, 3), dtype="u1"))
+    monkeypatch.setattr(fvd, "load_i3d", lambda path: (torch.nn.Identity(), "none"))
+    monkeypatch.setattr(fvd, "features", lambda i3d, clips: clips.flatten(1)[:, :6800:17].float())
+    found = []
+    for name in "videos", "clips.npz":
+        flags = ["--json", tmp_path / "out.json", "--batch", 2, "--workers", 1, "--frames", 9, "--size", 16]
+        words = ["fvd.py", tmp_path / name, tmp_path / "others.npz", *flags]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        fvd.main()
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    assert found[0]["FVD"] == found[1]["FVD"] > 0 and found[0]["FVD published"] == found[1]["FVD published"]
+    assert found[0]["protocol"]["reference"] == f"{tmp_path / 'videos'}: 3 clips of 9x16x16, 0 unreadable"
+
+
 def test_bad_sets_are_refused_in_one_line(tmp_path):
     clips = np.zeros((2, 9, 8, 8, 3), np.uint8)
     (tmp_path / "folder").mkdir()
@@ -188,9 +216,12 @@ def test_bad_sets_are_refused_in_one_line(tmp_path):
     np.savez(tmp_path / "single.npz", arr_0=clips[:1])
     np.savez(tmp_path / "short.npz", arr_0=clips[:, :8])
     (tmp_path / "text.npz").write_text("no clips")
+    save_frames(tmp_path / "videos" / "a", 8, 9, 9)
+    save_frames(tmp_path / "videos" / "b", 8, 9, 9)
     for name, words in [
         ("absent.npz", "there is no file"),
-        ("folder", "is a folder; give an .npz of clips"),
+        ("folder", "holds no videos"),
+        ("videos", "videos has 2 clips of 8x9x9; FVD takes 2 clips or more, of 9 frames"),
         ("unnamed.npz", "arr_0"),
         ("float.npz", "float64"),
         ("pictures.npz", r"clips are uint8, \(N, frames, height, width, 3\)"),
@@ -200,7 +231,7 @@ def test_bad_sets_are_refused_in_one_line(tmp_path):
         ("text.npz", "not an .npz of clips"),
     ]:
         with pytest.raises(UserError, match=words) as error:
-            fvd.open_set(tmp_path / name)
+            fvd.open_set(tmp_path / name, frames=8, size=9)
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
