@@ -4,11 +4,13 @@
     torchrun --nproc_per_node=8 eval_tokenizer.py --tokenizer 128_L --data imagenet/val --size 256        # rFID 0.34
     python eval_tokenizer.py --tokenizer runs/tokenizer --data glyphs:2000 --size 32       # own run, built-in pictures
     python eval_tokenizer.py --tokenizer 256_L --data photos --size original --save-pictures rebuilt     # of any sizes
+    python eval_tokenizer.py --tokenizer video_128 --data ucf101/train --size 128            # the published rFVD 16
+    python eval_tokenizer.py --tokenizer video_128 --data videos --size 128 --frames all --save-pictures rebuilt
 
 Every picture is resized and centre-cropped to --size (or only padded: original), encoded and decoded. Out come, with
 the protocol behind them: rFID, PSNR and SSIM (each plain, and as published), LPIPS with VGG and with AlexNet, the share
-of the 2^K codes that occur, bits per pixel; under --out also metrics.json and reconstructions.png (original above
-reconstruction)."""
+of the 2^K codes that occur, bits per pixel; under --out also metrics.json and reconstructions.png. A video tokenizer is
+measured on clips (clips.py): rFVD (fvd.py) in place of rFID, all else frame by frame."""
 
 import math
 from collections import Counter
@@ -18,16 +20,20 @@ import torch
 from torch.nn.functional import pad
 
 import data
+import fvd
 import runtime
+from clips import open_clips, write_video
 from fid import float64, frechet_distance, gather_rows, moments, psnr, readable_batches, report, ssim
 from inception import load_inception, weights_in_words
 from losses import load_lpips
 from page import LIMIT, write_page
 from runtime import UserError, at_least
 from tokenizer import load_tokenizer
+from video_tokenizer import VideoTokenizer
 
 NUMBERS = ["pictures", "rFID", "PSNR", "PSNR published", "SSIM", "SSIM published", "LPIPS VGG", "LPIPS AlexNet"]
 NUMBERS += ["codebook use", "bits per pixel"]
+CLIP_NUMBERS = ["clips", "rFVD", "rFVD published", "PSNR", "SSIM", *NUMBERS[6:]]
 PUBLISHED_BATCH = 4  # the published PSNR is taken over mini-batches of so many pictures; at original size of one
 SMALLEST = {"SSIM": 7, "LPIPS VGG": 16, "LPIPS AlexNet": 31}  # side, in pixels, of a picture that has one
 
@@ -36,27 +42,29 @@ def pixels_or_original(text):
     return text if text == "original" else at_least(1)(text)
 
 
+def frames_or_all(text):
+    return text if text == "all" else at_least(1)(text)
+
+
 def parse(argv=None):
     arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("protocol").add_argument
     add("--tokenizer", required=True, help="a name (256_L, pretrain_256_16384, ...), a file, or a run's folder")
     add("--data", default="glyphs:5000", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
-    add(
-        "--size",
-        type=pixels_or_original,
-        default=256,
-        help="side of the crops, pixels; or 'original': no resize, no crop, batch 1",
-    )
+    add("--size", type=pixels_or_original, default=256, help="side of the crops, pixels; or 'original': none, batch 1")
+    add("--frames", type=frames_or_all, default=17, help="of a clip; or 'all': whole videos, batch 1, 17 coded at once")
     add("--raw", action="store_true", help="the training weights, not their moving average")
     add("--rounding", action="store_true", help="round to uint8 for PSNR and SSIM; published: truncate")
     add("--precision", default="fp32", help="of the tokenizer: fp32, bf16 or fp16; the metrics stay in fp32")
     add = arguments.add_argument_group("the metrics' weights (left out: torch's hub cache, or downloaded)").add_argument
     add("--inception", help="file for rFID")
+    add("--i3d", help=f"file for rFVD, {fvd.I3D_FILE}, which is not downloaded")
     add("--lpips-vgg", help="file with LPIPS's VGG weights: a released tokenizer, or a state dict of losses.LPIPS")
     add("--lpips-alex", help="file with LPIPS's AlexNet weights: a state dict of losses.LPIPS")
     add = arguments.add_argument_group("output").add_argument
     add("--out", default="runs/eval", help="folder for metrics.json, config.json and reconstructions.png")
     add("--save-pictures", metavar="FOLDER", help="write every reconstruction there, a PNG named as its original")
+    add("--video-format", default="webp", choices=("webp", "gif", "mp4"), help="of reconstructed clips, instead of PNG")
     add("--html", nargs="?", const="", metavar="PAGE", help="show pairs on a page; default: OUT/reconstructions.html")
     add = arguments.add_argument_group("speed (changes no number)").add_argument
     add("--batch", type=at_least(1), default=16, help="pictures a device at once")
@@ -98,56 +106,72 @@ def rebuild(tokenizer, x):
 
 
 @torch.no_grad()
-def measure(rt, args, tokenizer, pictures, inception, perceptual, keep=None):
-    """Run all pictures through, every rank its share. perceptual: {name of the number: LPIPS}. keep: called with
-    each picture's index, the picture and its reconstruction, uint8 (3, H, W), and their PSNR, on the rank that has it.
-    Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8 pictures (n, 3, H, W): up
-    to eight originals, then their reconstructions); None on the others."""
-    rows, features_x, features_y, shown, tokens, pixels = [], [], [], None, 0, 0
+def rebuild_video(tokenizer, x, frames=17):
+    """Clips (B, 3, T, H, W) in [-1, 1], any T -> (y of the same shape, unclamped, indices (B, t, h, w)): windows of
+    `frames` frames, each coded by itself. One that would lose its last frames, as in the published script, is padded
+    with its last frame first, and y is cut."""
+    windows = [pad(w, [0] * 5 + [(1 - w.shape[2]) % tokenizer.time_factor], "replicate") for w in x.split(frames, 2)]
+    y, indices, _ = zip(*map(tokenizer, windows))
+    return torch.cat([part[:, :, :frames] for part in y], 2)[:, :, : x.shape[2]], torch.cat(indices, 1)
+
+
+@torch.no_grad()
+def measure(rt, args, tokenizer, pictures, network, perceptual, keep=None):
+    """Run all pictures, or clips, through, every rank its share. network: Inception, or I3D; or None. perceptual: {name
+    of the number: LPIPS}. keep: called with each picture's index, itself and its reconstruction, uint8 (3, [T,] H, W),
+    on the rank that has it. Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8
+    pictures (rows, columns, 3, H, W): up to eight originals and reconstructions); None on the others."""
+    rows, features_x, features_y, shown, count, tokens, pixels = [], [], [], None, 0, 0, 0
+    video = isinstance(tokenizer, VideoTokenizer)
+    kind, distance, width = ("clips", "rFVD", 400) if video else ("pictures", "rFID", 2048)
     seen = torch.zeros(2**tokenizer.config.bits, dtype=torch.uint8)
     for batch in readable_batches(rt, pictures, args.batch, args.workers):
         images = batch.images.to(rt.device)
         x = data.to_float(images)
         with runtime.autocast(rt.device, args.precision):
-            y, indices = rebuild(tokenizer, x)
+            y, indices = rebuild_video(tokenizer, x, (pictures.shape or [17])[0]) if video else rebuild(tokenizer, x)
         y = y.float().clamp(-1, 1)
         if not y.isfinite().all():
             raise UserError(f"{args.tokenizer} gives back values that are not finite")
         rebuilt = data.to_uint8(y, args.rounding)
         seen[indices.flatten().cpu()] = 1
-        tokens, pixels = tokens + indices.numel(), pixels + x[:, 0].numel()
+        count, tokens, pixels = count + len(images), tokens + indices.numel(), pixels + x[:, 0].numel()
         if shown is None:
-            shown = torch.cat([images[:8], rebuilt[:8]]).cpu()
-
-        original, published, scored = float64(images, published_original(batch.images, args.rounding), rebuilt)
-        columns = [score(of, scored) for score in (psnr, ssim) for of in (original, published)]
-        with runtime.exact_float32(rt.device):
-            columns += float64(*(lpips(x, y).flatten() for lpips in perceptual.values()))
-        rows.append(torch.stack(columns, 1))  # (b, 4 + len(perceptual))
-        for picture in zip(batch.indices.tolist(), images, rebuilt, columns[0].tolist()) if keep else ():
+            shown = torch.stack([images[:8], rebuilt[:8]], int(video)).cpu()
+            if video:  # a row each, of the frames that begin a token
+                shown = shown[:, :, :, :: tokenizer.time_factor][:, :, :, :8].movedim(3, 2).flatten(0, 1)
+        for picture in zip(batch.indices.tolist(), images, rebuilt) if keep else ():
             keep(*picture)
-        if inception:
-            # As floats: the published rFID never passes through uint8.
-            features_x.append(inception((x + 1) / 2, "half-pixel")[0].cpu())
-            features_y.append(inception((y + 1) / 2, "half-pixel")[0].cpu())
+        for z, features in ((x, features_x), (y, features_y)) if network else ():
+            # The published rFID never passes through uint8; rFVD does, originals too.
+            found = fvd.features(network, data.to_uint8(z)) if video else network((z + 1) / 2, "half-pixel")[0]
+            features.append(found.cpu())
+
+        # Of clips (b, 3, T, H, W) all frames, but not a long video's at once.
+        frames = (z.movedim(1, -3).flatten(0, -4).split(256) for z in (x, y, images, rebuilt))
+        for x, y, images, rebuilt in zip(*frames):  # (n, 3, H, W)
+            original, published, scored = float64(images, published_original(images.cpu(), args.rounding), rebuilt)
+            columns = [score(of, scored) for score in (psnr, ssim) for of in (original, published)]
+            with runtime.exact_float32(rt.device):
+                columns += float64(*(lpips(x, y).flatten() for lpips in perceptual.values()))
+            rows.append(torch.stack(columns, 1))  # (n, 4 + len(perceptual))
 
     used = int(rt.reduce(seen, "max").sum())
-    tokens, pixels = rt.reduce([tokens, pixels])
+    count, tokens, pixels = map(int, rt.reduce([count, tokens, pixels]))
     rows = gather_rows(rt, rows, 4 + len(perceptual))
-    if inception:
-        features_x, features_y = (gather_rows(rt, features, 2048) for features in (features_x, features_y))
+    features_x, features_y = (gather_rows(rt, features, width) for features in (features_x, features_y))
     if not rt.main:
         return None
-    numbers, notes = {"pictures": len(rows)}, {"pictures": f"{len(pictures) - len(rows)} unreadable ones left out"}
-    if inception:
-        numbers["rFID"] = frechet_distance(*moments(features_x), *moments(features_y))
-        notes["rFID"] = "" if len(rows) >= 2048 else "biased upwards: fewer than 2048 pictures"
-    numbers["PSNR"], notes["PSNR"] = finite_mean(rows[:, 0], "pictures")
+    numbers, notes = {kind: count}, {kind: f"{len(pictures) - count} unreadable ones left out"}
+    if network:
+        numbers[distance] = frechet_distance(*moments(features_x), *moments(features_y))
+        notes[distance] = "" if count >= 2048 else f"biased upwards: fewer than 2048 {kind}"
+        numbers |= {"rFVD published": fvd.published_distance(features_x, features_y)} if video else {}
+    numbers["PSNR"], notes["PSNR"] = finite_mean(rows[:, 0], "frames" if video else "pictures")
     each, batches = (PUBLISHED_BATCH, published_psnr(rows[:, 1])) if pictures.shape else (1, rows[:, 1])
     numbers["PSNR published"], notes["PSNR published"] = finite_mean(batches, f"mini-batches of {each}")
     notes["PSNR published"] += f"; mean over pictures {finite_mean(rows[:, 1], '')[0]:.4f}"
-    for column, name in enumerate(["SSIM", "SSIM published", *perceptual], 2):
-        numbers[name] = rows[:, column].mean().item()
+    numbers |= zip(["SSIM", "SSIM published", *perceptual], rows[:, 2:].mean(0).tolist())
     numbers["codebook use"] = used / len(seen)
     notes["codebook use"] = f"{used} of {len(seen)} codes occur"
     numbers["bits per pixel"] = tokenizer.config.bits * tokens / pixels
@@ -157,9 +181,8 @@ def measure(rt, args, tokenizer, pictures, inception, perceptual, keep=None):
 def if_there(rt, load, *arguments):
     """(what `load(*arguments)` returns, None), or on all ranks (None, the reason) where one of them cannot have its
     weights. The last argument is the file that the user gave, if any: that one must be right."""
-    found = reason = None
     try:
-        found = load(*arguments)
+        found, reason = load(*arguments), None
     except UserError as error:
         if arguments[-1] is not None:
             raise
@@ -173,58 +196,74 @@ def main():
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
     size = None if args.size == "original" else args.size
-    args.batch = args.batch if size else 1
-    pictures = data.open_pictures(args.data, size, train=False, labelled=False)
-    if args.save_pictures:
-        names = [Path(args.save_pictures, pictures.name(index)) for index in range(len(pictures))]
-        short, whole = [name.with_suffix(".png") for name in names], [Path(f"{name}.png") for name in names]
-        times = Counter(short + whole)
-        paths = [png if times[png] == 1 else other for png, other in zip(short, whole)]
-        originals = {Path(args.data, pictures.name(index)).resolve() for index in range(len(pictures))}
-        places = {path.resolve() for path in paths}
-        if places & originals or any(place.is_relative_to(Path(args.data).resolve()) for place in places):
-            raise UserError(f"--save-pictures {args.save_pictures} would write among --data; give another folder")
     tokenizer = rt.place(load_tokenizer(args.tokenizer, ema=not args.raw))
+    video = isinstance(tokenizer, VideoTokenizer)
     if size and size % tokenizer.factor:
         raise UserError(f"--size {size} is not a multiple of {tokenizer.factor}, this tokenizer's factor")
-    absent, perceptual = {}, {}
-    loaded, absent["rFID"] = if_there(rt, load_inception, args.inception)
-    inception, sha256 = loaded or (None, None)
+    if video and (not size or args.html is not None):
+        raise UserError(f"{args.tokenizer} is a tokenizer of videos: give their side as --size, and no --html")
+    if video:
+        pictures = open_clips(args.data, size, None if args.frames == "all" else args.frames, labelled=False)
+        load, file, in_words, ending = fvd.load_i3d, args.i3d, "SHA-256 {}".format, f".{args.video_format}"
+        how = "clips as uint8, truncated, originals too; frames resized to 224x224, bilinear, without antialias"
+    else:
+        pictures = data.open_pictures(args.data, size, train=False, labelled=False)
+        load, file, in_words, ending = load_inception, args.inception, weights_in_words, ".png"
+        how = "float originals, float reconstructions clamped; convention half-pixel (as pytorch-fid)"
+    args.batch = args.batch if pictures.shape else 1
+    if args.save_pictures:
+        names = [Path(args.save_pictures, pictures.name(index)) for index in range(len(pictures))]
+        short, whole = [name.with_suffix(ending) for name in names], [Path(f"{name}{ending}") for name in names]
+        times = Counter(short + whole)
+        paths = [name if times[name] == 1 else other for name, other in zip(short, whole)]
+        originals = {Path(args.data, pictures.name(index)).resolve() for index in range(len(pictures))}
+        if any(p in originals or p.is_relative_to(Path(args.data).resolve()) for p in map(Path.resolve, paths)):
+            raise UserError(f"--save-pictures {args.save_pictures} would write among --data; give another folder")
+    loaded, reason = if_there(rt, load, file)
+    if video and (pictures.shape or [0])[0] < 9:
+        loaded, reason = None, "not computed (it is of clips of one length, 9 frames or more)"
+    network, sha256 = loaded or (None, None)
+    absent, perceptual = dict.fromkeys(["rFID", "rFVD", "rFVD published"], reason), {}
     perceptual["LPIPS VGG"], absent["LPIPS VGG"] = if_there(rt, load_lpips, "vgg", args.lpips_vgg)
     perceptual["LPIPS AlexNet"], absent["LPIPS AlexNet"] = if_there(rt, load_lpips, "alex", args.lpips_alex)
     perceptual = {name: lpips.to(rt.device) for name, lpips in perceptual.items() if lpips}
-    if inception:
-        inception.to(rt.device)
+    network = network and network.to(rt.device)
     smallest = max(SMALLEST[name] for name in ["SSIM", *perceptual])
     pictures.smallest = smallest, max(smallest, tokenizer.factor + 1)  # the decoder needs two tokens
     out = runtime.open_run(rt, args.out, vars(args))
 
     entries = []
 
-    def keep(index, x, y, psnr):
+    def keep(index, x, y):
         if args.save_pictures:
             paths[index].parent.mkdir(parents=True, exist_ok=True)
-            with runtime.replacing(paths[index]) as file:
-                data.to_picture(y).save(file, "PNG")
+            if video:
+                write_video(paths[index], y)
+            else:
+                with runtime.replacing(paths[index]) as file:
+                    data.to_picture(y).save(file, "PNG")
         if args.html is not None and index < LIMIT:
-            words = "given back exactly (PSNR infinite)" if psnr == math.inf else f"{psnr:.2f} dB"
+            value = psnr(*float64(x[None], y[None])).item()
+            words = "given back exactly (PSNR infinite)" if value == math.inf else f"{value:.2f} dB"
             entries.append((f"{pictures.name(index)}: {words}", [data.to_picture(x), data.to_picture(y)]))
             for picture in entries[-1][1]:
                 picture.thumbnail((1024, 1024))  # at most
 
-    measured = measure(rt, args, tokenizer, pictures, inception, perceptual, keep)
+    measured = measure(rt, args, tokenizer, pictures, network, perceptual, keep)
     entries = [entry for share in rt.gather(entries) for entry in share]  # in order
     if not rt.main:
         return
     numbers, notes, shown = measured
-    numbers = {name: numbers.get(name, absent.get(name)) for name in NUMBERS}
-    shape = f"short side resized to {size}, centre crop {size}x{size}"
+    names = CLIP_NUMBERS if video else NUMBERS
+    numbers = {name: numbers.get(name, absent.get(name)) for name in names}
+    notes = {name: notes[name] for name in names if name in notes}
+    shape = f"short side resized to {size}, {'random' if video else 'centre'} crop {size}x{size}"
     shape = shape if size else f"original size, zero padding to multiples of {tokenizer.factor} cut off again, batch 1"
     protocol = {
         "tokenizer": f"{args.tokenizer}, {'training weights' if args.raw else 'moving average where there is one'}",
-        "pictures": f"{args.data}, {shape}",
-        "rFID": "float originals, float reconstructions clamped; convention half-pixel (as pytorch-fid)",
-        "inception": weights_in_words(sha256) if inception else "none",
+        names[0]: f"{args.data}, {shape}{f', {args.frames} frames' * video}",
+        names[1]: how,
+        "I3D" if video else "inception": in_words(sha256) if network else "none",
         "PSNR, SSIM": f"uint8, {'rounded' if args.rounding else 'truncated'}, data range 1; published: originals too",
         "LPIPS": "version 0.1, floats, reconstructions clamped",
         "device": f"{rt.device.type} x {rt.world}, tokenizer in {args.precision}, torch {torch.__version__}",
@@ -233,10 +272,10 @@ def main():
     values = {name: str(value) if value == math.inf else value for name, value in numbers.items()}
     runtime.write_json(out / "metrics.json", values | {"notes": notes, "protocol": protocol})
     with runtime.replacing(out / "reconstructions.png") as file:
-        data.picture_grid(shown, columns=len(shown) // 2).save(file, "PNG")
+        data.picture_grid(shown.flatten(0, 1), columns=shown.shape[1]).save(file, "PNG")
     if args.html is not None:
-        page = args.html or out / "reconstructions.html"
-        write_page(page, f"Rebuilt by {args.tokenizer}", entries, numbers["pictures"])
+        page, title = args.html or out / "reconstructions.html", f"Rebuilt by {args.tokenizer}"
+        write_page(page, title, entries, numbers["pictures"])
 
 
 if __name__ == "__main__":
