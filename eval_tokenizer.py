@@ -50,7 +50,7 @@ def parse(argv=None):
     arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("protocol").add_argument
     add("--tokenizer", required=True, help="a name (256_L, pretrain_256_16384, ...), a file, or a run's folder")
-    add("--data", default="glyphs:5000", help="folder of pictures, at any depth; or glyphs[:COUNT[:CLASSES]]")
+    add("--data", default="glyphs:5000", help="folder of pictures, or videos; or [moving-]glyphs[:COUNT[:CLASSES]]")
     add("--size", type=pixels_or_original, default=256, help="side of the crops, pixels; or 'original': none, batch 1")
     add("--frames", type=frames_or_all, default=17, help="of a clip; or 'all': whole videos, batch 1, 17 coded at once")
     add("--raw", action="store_true", help="the training weights, not their moving average")
@@ -138,7 +138,7 @@ def measure(rt, args, tokenizer, pictures, network, perceptual, keep=None):
         count, tokens, pixels = count + len(images), tokens + indices.numel(), pixels + x[:, 0].numel()
         if shown is None:
             shown = torch.stack([images[:8], rebuilt[:8]], int(video)).cpu()
-            if video:  # a row each, of the frames that begin a token
+            if video:  # a row of frames for each, one of every token in time
                 shown = shown[:, :, :, :: tokenizer.time_factor][:, :, :, :8].movedim(3, 2).flatten(0, 1)
         for picture in zip(batch.indices.tolist(), images, rebuilt) if keep else ():
             keep(*picture)
@@ -220,8 +220,8 @@ def main():
         if any(p in originals or p.is_relative_to(Path(args.data).resolve()) for p in map(Path.resolve, paths)):
             raise UserError(f"--save-pictures {args.save_pictures} would write among --data; give another folder")
     loaded, reason = if_there(rt, load, file)
-    if video and (pictures.shape or [0])[0] < 9:
-        loaded, reason = None, "not computed (it is of clips of one length, 9 frames or more)"
+    if video and (len(pictures) < 2 or (pictures.shape or [0])[0] < 9):
+        loaded, reason = None, "not computed (it is of two clips or more, of one length, 9 frames or more)"
     network, sha256 = loaded or (None, None)
     absent, perceptual = dict.fromkeys(["rFID", "rFVD", "rFVD published"], reason), {}
     perceptual["LPIPS VGG"], absent["LPIPS VGG"] = if_there(rt, load_lpips, "vgg", args.lpips_vgg)

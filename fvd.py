@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 fvd.py REFERENCE SAMPLES       # every device takes a share
 
 A set is an .npz of clips (`arr_0`, uint8, (N, T, H, W, 3)) or a folder of videos (clips.py), of one T, H, W. Out come
-FVD in float64, and in float32 as published, with the protocol. The count of clips is part of it: the bias depends on it.
+FVD, in float64 and as published in float32, and the protocol. The bias falls with the count of clips: quote it too.
 
 Letters: B batch, N clips, D features, C channels, T frames, H W pixels."""
 
@@ -136,8 +136,8 @@ def published_distance(a, b):
 
 # --- The command ------------------------------------------------------------------------------------------------------
 def open_set(path, frames=17, size=128):
-    """The clips at `path`, where that is a folder of T `frames` and of `size`, not yet read: a dataset of uint8 (3, T,
-    H, W), its `shape` (T, H, W), `words` for them."""
+    """The clips at `path` (of a folder's videos the `frames` in the middle, `size` x `size`), not yet read: a dataset of
+    uint8 (3, T, H, W), its `shape` (T, H, W), `words` for them."""
     if Path(path).is_dir():
         clips = open_clips(path, size, frames, labelled=False)
     else:
@@ -154,7 +154,7 @@ def parse(argv=None):
     add = arguments.add_argument
     add("reference", help=".npz of clips, or a folder of videos")
     add("samples", help="the same")
-    add("--frames", type=at_least(9), default=17, help="of a folder's clips")
+    add("--frames", type=at_least(9), default=17, help="of a folder's clips, the videos' middle")
     add("--size", type=at_least(1), default=128, help="side of a folder's clips, pixels")
     add("--i3d", help=f"weights file, {I3D_FILE} (default: the one in torch's hub cache)")
     add("--json", help="write numbers, protocol and warnings to this file")

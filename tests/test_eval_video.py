@@ -177,10 +177,12 @@ def test_without_networks_the_rest_is_measured(evaluate, tmp_path, capsys):
     assert f"{'rFVD published':<15} not computed" in capsys.readouterr().out
 
 
-def test_clips_too_short_for_the_distance(evaluate, files):
+def test_clips_too_short_or_too_few_for_the_distance(evaluate, files):
     found = evaluate("--frames", 8, "--i3d", files.folder / "i3d.pt")
-    assert found["rFVD"] == "not computed (it is of clips of one length, 9 frames or more)"
+    reason = "not computed (it is of two clips or more, of one length, 9 frames or more)"
+    assert found["rFVD"] == found["rFVD published"] == reason
     assert found["bits per pixel"] == 10 * 3 * 4 * 4 / (8 * 16 * 16)  # all 8 frames come back, of 3 times 4 x 4 tokens
+    assert evaluate("--data", "moving-glyphs:1", "--frames", 9, "--i3d", files.folder / "i3d.pt")["rFVD"] == reason
 
 
 @torch.no_grad()
@@ -257,7 +259,7 @@ def test_whole_videos_on_one_process_and_two(files, tmp_path):
         assert found[name] == pytest.approx(mean, rel=1e-5), name
     assert tokens == 64 * (1 + 5 + 5 + 3 + 5 + 1)
     assert found["clips"] == 3 and found["bits per pixel"] == 10 * tokens / (59 * 32 * 32)
-    assert found["rFVD"] == "not computed (it is of clips of one length, 9 frames or more)"
+    assert found["rFVD"] == "not computed (it is of two clips or more, of one length, 9 frames or more)"
     assert "over frames" in found["notes"]["PSNR"] and protocol["clips"].endswith(", all frames")
     assert json.loads((tmp_path / "1" / "config.json").read_text())["batch"] == 1
 
