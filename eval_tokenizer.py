@@ -52,7 +52,7 @@ def parse(argv=None):
     add("--tokenizer", required=True, help="a name (256_L, pretrain_256_16384, ...), a file, or a run's folder")
     add("--data", default="glyphs:5000", help="folder of pictures, or videos; or [moving-]glyphs[:COUNT[:CLASSES]]")
     add("--size", type=pixels_or_original, default=256, help="side of the crops, pixels; or 'original': none, batch 1")
-    add("--frames", type=frames_or_all, default=17, help="of a clip; or 'all': whole videos, batch 1, 17 coded at once")
+    add("--frames", type=frames_or_all, default=17, help="of a video's clip; or 'all': whole, 17 at once, batch 1")
     add("--raw", action="store_true", help="the training weights, not their moving average")
     add("--rounding", action="store_true", help="round to uint8 for PSNR and SSIM; published: truncate")
     add("--precision", default="fp32", help="of the tokenizer: fp32, bf16 or fp16; the metrics stay in fp32")

@@ -136,8 +136,8 @@ def published_distance(a, b):
 
 # --- The command ------------------------------------------------------------------------------------------------------
 def open_set(path, frames=17, size=128):
-    """The clips at `path` (of a folder's videos the `frames` in the middle, `size` x `size`), not yet read: a dataset of
-    uint8 (3, T, H, W), its `shape` (T, H, W), `words` for them."""
+    """The clips at `path` (of a folder's videos the `frames` in the middle, `size` x `size`), not yet read: a dataset
+    of uint8 (3, T, H, W), its `shape` (T, H, W), `words` for them."""
     if Path(path).is_dir():
         clips = open_clips(path, size, frames, labelled=False)
     else:
