@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from runtime import Unreadable, UserError, reading, reason_of, replacing
+from runtime import Damaged, UserError, reading, reason_of, replacing
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def _archive(file):
     archive = zipfile.ZipFile(file)
     records, size = archive.infolist(), os.fstat(file.fileno()).st_size
     if any(record.compress_type for record in records) or sum(record.file_size for record in records) > size:
-        raise UserError(f"{file.name} holds packed records, which torch.save never writes: it is not read")
+        raise Damaged(f"{file.name} holds packed records, which torch.save never writes: it is not read")
     return archive
 
 
@@ -101,14 +101,10 @@ def read_weights(path):
 
 def is_intact(path):
     """Whether every byte of a torch file matches the checksums stored in it; `read_weights` looks at tensors' only.
-    Raises Unreadable where that cannot be told for now."""
-    try:
-        with reading(path, "a zip archive"), open(path, "rb") as file:
-            return _archive(file).testzip() is None
-    except Unreadable:
-        raise
-    except UserError:
-        return False
+    Raises UserError where that cannot be told for now."""
+    with contextlib.suppress(Damaged), reading(path, "a zip archive"), open(path, "rb") as file:
+        return _archive(file).testzip() is None
+    return False
 
 
 def entries_of(content, source):
@@ -283,12 +279,9 @@ def load_latest(rt, folder, kind):
         for scratch in Path(folder).glob("step_*.pt.tmp"):  # a kill in the middle of a save left it
             scratch.unlink(missing_ok=True)
         for path in reversed(checkpoints(folder)):
-            try:
+            content = None
+            with contextlib.suppress(Damaged):
                 content = read_weights(path) if is_intact(path) else None
-            except Unreadable:
-                raise
-            except UserError:
-                content = None
             found = content.get("kind") if isinstance(content, dict) else None
             if found not in ("tokenizer", "ar"):
                 rt.say(f"warning: {path} is torn or damaged, or no checkpoint; passing it over")

@@ -35,8 +35,8 @@ class UserError(ValueError):
     """Something the user can put right. Scripts print its one line and exit with code 2, no traceback."""
 
 
-class Unreadable(UserError):
-    """A file that is there and cannot be read for now. Whoever went on without it would write over it."""
+class Damaged(UserError):
+    """There is no such file, or it is not what it should be: it is lost, and whoever can may go on without it."""
 
 
 class Runtime:
@@ -262,19 +262,18 @@ def write_json(path, content):
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Around the reading of a user's file: whatever is raised becomes a UserError of one line with the path and the
-    reason. It is an `Unreadable` where the file may be good and cannot be read for now (permissions, a network file
-    system, memory); any other says that the file is absent, or is not `what` it should be."""
+    """Around the reading of a user's file, which should be `what`: whatever is raised becomes a UserError of one line.
+    It is `Damaged` unless the file may be good and cannot be read for now (permissions, a network's disk, memory)."""
     try:
         if not Path(path).is_file():
-            raise UserError(f"{path} is no plain file" if os.path.lexists(path) else f"there is no file {path}")
+            raise Damaged(f"{path} is no plain file" if os.path.lexists(path) else f"there is no file {path}")
         yield
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 (readers raise a dozen types)
         if getattr(error, "errno", None) or _out_of_memory(error):
-            raise Unreadable(f"cannot read {path}: {reason_of(error)}") from None
-        raise UserError(f"{path} is not {what}, or it is damaged: {reason_of(error)}") from None
+            raise UserError(f"cannot read {path}: {reason_of(error)}") from None
+        raise Damaged(f"{path} is not {what}, or it is damaged: {reason_of(error)}") from None
 
 
 # --- The command line -------------------------------------------------------------------------------------------------

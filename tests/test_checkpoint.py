@@ -25,7 +25,7 @@ import runtime
 from ar_model import ARConfig, ARTransformer, load_ar
 from inception import load_inception
 from losses import load_lpips
-from runtime import Unreadable, UserError
+from runtime import UserError
 from tokenizer import RELEASED_TOKENIZERS, Tokenizer, TokenizerConfig, load_tokenizer
 
 TOKENIZER, AR = TokenizerConfig(32, (1, 2), 1), ARConfig(32, 1, 1, 1, grid=4, num_classes=2)
@@ -148,7 +148,7 @@ def test_what_is_no_file_or_cannot_be_read(tmp_path, monkeypatch, load):
         load(tmp_path / "fifo")
     with pytest.raises(UserError, match="there is no file"):
         load(tmp_path / "nothing")
-    with pytest.raises(Unreadable, match="cannot read .*: Input/output error"):
+    with pytest.raises(UserError, match="cannot read .*: Input/output error"):
         load("/proc/self/mem")
 
 
@@ -182,9 +182,9 @@ def test_a_checkpoint_that_cannot_be_read_for_now_is_not_passed_over(tmp_path, m
 
     for error in (OSError(5, "Input/output error"), MemoryError()):
         failing(error)
-        with pytest.raises(Unreadable, match="cannot read .*step_00000002.pt"):
+        with pytest.raises(UserError, match="cannot read .*step_00000002.pt"):
             checkpoint.load_latest(rt, tmp_path, "ar")
-        with pytest.raises(Unreadable, match="cannot read .*step_00000002.pt"):
+        with pytest.raises(UserError, match="cannot read .*step_00000002.pt"):
             checkpoint.locate(tmp_path, {})
     failing(OSError("damaged"))  # without a number: of zipfile's own
     assert checkpoint.load_latest(rt, tmp_path, "ar") == (None, None)

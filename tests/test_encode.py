@@ -17,7 +17,7 @@ import checkpoint
 import data
 import encode
 from clips import open_clips, write_video
-from runtime import Unreadable, UserError
+from runtime import UserError
 from tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from video_tokenizer import VideoTokenizer
 
@@ -176,7 +176,7 @@ def test_a_manifest_that_cannot_be_read_is_not_an_absent_one(tmp_path, monkeypat
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     for open_it in (data.open_codes, lambda folder: encode.CodeWriter(folder, SETTINGS)):
-        with pytest.raises(Unreadable, match="cannot read .*manifest.json: Permission denied"):
+        with pytest.raises(UserError, match="cannot read .*manifest.json: Permission denied"):
             open_it(tmp_path)
 
 

@@ -83,10 +83,10 @@ def test_absent_unreadable_and_damaged_files_are_told_apart(tmp_path):
     assert "there is no file" in read(tmp_path / "absent")[1]
     assert "no plain file" in read(tmp_path / "pipe")[1] and "no plain file" in read(tmp_path)[1]
     for error in (OSError(5, "Input/output error"), MemoryError(), RuntimeError("can't allocate memory: 9 bytes")):
-        assert read(tmp_path / "file", error)[0] is runtime.Unreadable
+        assert read(tmp_path / "file", error)[0] is runtime.UserError
     for error in (ValueError("line 1\nline 2"), KeyError("step"), RecursionError(), EOFError()):
         kind, words = read(tmp_path / "file", error)
-        assert kind is runtime.UserError and "is not a log, or it is damaged: " in words
+        assert kind is runtime.Damaged and "is not a log, or it is damaged: " in words
 
 
 def test_control_characters_are_spelt_out():
