@@ -21,11 +21,13 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -63,13 +65,9 @@ def to_picture(image):
 
 def picture_grid(images, columns):
     """A PIL picture of a uint8 (N, 3, H, W) tensor on the CPU, row by row, two light pixels between neighbours."""
-    count, _, height, width = images.shape
-    rows = math.ceil(count / columns)
-    sheet = torch.full((3, rows * (height + 2) - 2, columns * (width + 2) - 2), 230, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + 2), i % columns * (width + 2)
-        sheet[:, top : top + height, left : left + width] = image
-    return to_picture(sheet)
+    tiles = pad(images, (0, 2, 0, 2, 0, 0, 0, -len(images) % columns), value=230)  # (rows * columns, 3, H + 2, W + 2)
+    sheet = tiles.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    return to_picture(sheet[:, :-2, :-2])
 
 
 def open_pictures(source, size, train, seed=0, labelled=True):
@@ -332,11 +330,6 @@ def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None,
     return _loader(dataset, ([(crop, index) for index in part for crop in range(crops)] for part in parts), 0, workers)
 
 
-class _Entries:  # item by item as asked for: a worker hands a list of them to `collate_fn`, which reads the batch
-    def __getitem__(self, entry):
-        return entry
-
-
 def _loader(pictures, entries, full, workers):
     """Yields the `Batch` of each list in `entries`, of `full` pictures where that is not 0. Between processes it holds
     NumPy's arrays, through a pipe: torch's go through /dev/shm, which containers keep small; full, it hangs."""
@@ -345,7 +338,8 @@ def _loader(pictures, entries, full, workers):
     # pin_memory leaves arrays alone, but has a thread take them out of the pipe.
     options = {"num_workers": workers, "pin_memory": pin, "worker_init_fn": _begin_worker}
     options |= {"generator": torch.Generator()}  # leaves the global one alone
-    loader = DataLoader(_Entries(), batch_sampler=entries, collate_fn=read, **options)
+    # A worker has __getitems__ read a whole batch, and nothing is left to collate.
+    loader = DataLoader(SimpleNamespace(__getitems__=read), batch_sampler=entries, collate_fn=tuple, **options)
     for *arrays, unreadable in loader:
         if len(arrays[0]) < full:
             raise UserError(f"too many pictures in {pictures.source} cannot be read: {next(iter(unreadable.values()))}")
@@ -398,8 +392,7 @@ def read_manifest(folder):
         path, expected = Path(folder) / name, 4 * math.prod(shape)
         actual = path.stat().st_size if path.is_file() else 0
         if actual != expected:
-            words = f"has {actual} bytes, not {expected}: it is damaged"
-            raise UserError(f"{path} {words}; remove {folder} and run encode.py again")
+            raise UserError(f"{path} has {actual} bytes, not {expected}; remove {folder} and run encode.py again")
     return manifest
 
 
