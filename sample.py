@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 import warnings
 import zipfile
@@ -44,6 +43,7 @@ PRESETS = {
     "show": {**_PLAIN, "cfg_scale": (4.0, 4.0), "top_p": (0.96, 0.96)},
     "emoji": {**_PLAIN, "top_p": (0.9, 0.9)},  # knows its pictures by heart: guidance would lead away from them
 }
+PAPER_SIZES = {AR_SIZES[size].width: size for size in ("L", "XL")}  # a width's preset; of any other width: B
 BATCH = 200  # on an accelerator; a picture takes half the time that it takes among 50 there (B)
 
 
@@ -91,7 +91,7 @@ def main():
     grid, side = kind == "grid", model.config.grid * tokenizer.factor
     ours = os.path.realpath(files["model"]) == os.path.realpath(RELEASED_AR["emoji"])
     preset = args.preset or ("emoji" if ours else "show" if grid else "paper")
-    defaults = PRESETS[paper_size(model.config.width) if preset == "paper" else preset]
+    defaults = PRESETS[PAPER_SIZES.get(model.config.width, "B") if preset == "paper" else preset]
     options = {name: getattr(args, name) or pair for name, pair in defaults.items()}
     classes = choose_classes(args.classes, model.class_names, len(names), spread=grid)
     photos = open_pictures(args.given, side, train=False, labelled=False) if args.given else []
@@ -128,11 +128,13 @@ def main():
     # While the device makes a batch, a thread writes the one before; nothing here waits for the device but that thread.
     with ThreadPoolExecutor(1) as writer:
         writing = writer.submit(lambda: None)  # nothing yet
-        for batch in tqdm(todo, unit="batch", disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True):
+        for batch in tqdm(todo, unit="batch", disable=None if rt.main else True, dynamic_ncols=True):
             seeds = [runtime.seed_of(args.seed, i) for i in batch]
             first_tokens = given[[i // len(classes) % len(given) for i in batch]]
-            with runtime.autocast(rt.device, precision):
-                images = draw(model, tokenizer, [labels[i] for i in batch], options, seeds, first_tokens)
+            batch_labels = torch.tensor([labels[i] for i in batch])
+            with torch.no_grad(), runtime.autocast(rt.device, precision):
+                indices = model.generate(batch_labels, **options, seeds=seeds, given=first_tokens)  # (B, N)
+                images = tokenizer.decode(indices.unflatten(1, (model.config.grid, -1)))  # (B, 3, H, W)
             pictures = to_uint8(images, args.rounding).movedim(1, -1).to("cpu", non_blocking=True)  # (B, H, W, 3)
             copied = torch.get_device_module(rt.device).Event()  # torch.Event: not with every torch_npu
             copied.record()
@@ -177,13 +179,6 @@ def encode_given(rt, tokenizer, photos, count, rows):
     if failure := next(filter(None, rt.gather(failure)), None):
         raise UserError(failure)
     return rt.reduce(tokens)  # the sum: where one rank has a picture's tokens, the others have zeros
-
-
-@torch.no_grad()
-def draw(model, tokenizer, labels, options, seeds, given):
-    """Pictures (B, 3, H, W) in about [-1, 1] of B labels, each drawn from its own seed, after its given tokens."""
-    indices = model.generate(torch.tensor(labels), **options, seeds=seeds, given=given)
-    return tokenizer.decode(indices.unflatten(1, (model.config.grid, -1)))  # (B, N) -> (B, h, w) -> pictures
 
 
 def load_models(rt, args):
@@ -239,11 +234,6 @@ def choose_classes(text, names, number, spread=False):
             taken = f"number {item} is taken, the class {names[labels[-1]]}"
             warnings.warn(f"--classes: no class is called {item}: {taken}", stacklevel=2)
     return labels
-
-
-def paper_size(width):
-    """Name of the paper's size of that width; for own sizes B, the smallest."""
-    return next((name for name in ("L", "XL") if AR_SIZES[name].width == width), "B")
 
 
 def refuse_others(work, settings):
