@@ -419,6 +419,5 @@ def _config_by_width(entries, source):
         raise UserError(f"{source} holds no transformer: entry class_emb.embedding_table.weight is missing")
     width, sizes = table.shape[1], {AR_SIZES[name].width: AR_SIZES[name] for name in ("B", "L", "XL")}
     if width not in sizes:
-        advice = "its heads and grid cannot be told; use a checkpoint of train_ar.py, or give the config"
-        raise UserError(f"{source} is a bare state dict of width {width}, no released size: {advice}")
+        raise UserError(f"{source} is a bare state dict of width {width}, no released size: take a file of train_ar.py")
     return sizes[width]

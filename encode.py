@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import shutil
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -177,7 +176,7 @@ def main():
     batches = data.evaluation_batches(pictures, at_once, rt.rank, rt.world, args.workers, todo, crops)
     rounds = math.ceil(math.ceil(len(todo) / rt.world) / at_once)  # of the rank with the largest share
     stop, bad = runtime.StopSignal(), data.BadPictures(pictures)
-    bar = tqdm(total=len(todo), disable=not (rt.main and sys.stderr.isatty()), unit=kind)
+    bar = tqdm(total=len(todo), disable=None if rt.main else True, unit=kind)
     began = spoke = time.perf_counter()
     done = done_by_all = 0
 

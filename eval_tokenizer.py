@@ -38,21 +38,13 @@ PUBLISHED_BATCH = 4  # the published PSNR is taken over mini-batches of so many 
 SMALLEST = {"SSIM": 7, "LPIPS VGG": 16, "LPIPS AlexNet": 31}  # side, in pixels, of a picture that has one
 
 
-def pixels_or_original(text):
-    return text if text == "original" else at_least(1)(text)
-
-
-def frames_or_all(text):
-    return text if text == "all" else at_least(1)(text)
-
-
 def parse(argv=None):
     arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("protocol").add_argument
     add("--tokenizer", required=True, help="a name (256_L, pretrain_256_16384, ...), a file, or a run's folder")
     add("--data", default="glyphs:5000", help="folder of pictures, or videos; or [moving-]glyphs[:COUNT[:CLASSES]]")
-    add("--size", type=pixels_or_original, default=256, help="side of the crops, pixels; or 'original': none, batch 1")
-    add("--frames", type=frames_or_all, default=17, help="of a video's clip; or 'all': whole, 17 at once, batch 1")
+    add("--size", type=at_least(1, word="original"), default=256, help="pixels a side; or 'original': no crop, batch 1")
+    add("--frames", type=at_least(1, word="all"), default=17, help="of a clip; or 'all': whole, 17 at once, batch 1")
     add("--raw", action="store_true", help="the training weights, not their moving average")
     add("--rounding", action="store_true", help="round to uint8 for PSNR and SSIM; published: truncate")
     add("--precision", default="fp32", help="of the tokenizer: fp32, bf16 or fp16; the metrics stay in fp32")
@@ -120,7 +112,7 @@ def measure(rt, args, tokenizer, pictures, network, perceptual, keep=None):
     """Run all pictures, or clips, through, every rank its share. network: Inception, or I3D; or None. perceptual: {name
     of the number: LPIPS}. keep: called with each picture's index, itself and its reconstruction, uint8 (3, [T,] H, W),
     on the rank that has it. Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8
-    pictures (rows, columns, 3, H, W): up to eight originals and reconstructions); None on the others."""
+    pictures (rows, columns, 3, H, W): up to eight originals and reconstructions), on the others three times None."""
     rows, features_x, features_y, shown, count, tokens, pixels = [], [], [], None, 0, 0, 0
     video = isinstance(tokenizer, VideoTokenizer)
     kind, distance, width = ("clips", "rFVD", 400) if video else ("pictures", "rFID", 2048)
@@ -161,7 +153,7 @@ def measure(rt, args, tokenizer, pictures, network, perceptual, keep=None):
     rows = gather_rows(rt, rows, 4 + len(perceptual))
     features_x, features_y = (gather_rows(rt, features, width) for features in (features_x, features_y))
     if not rt.main:
-        return None
+        return None, None, None
     numbers, notes = {kind: count}, {kind: f"{len(pictures) - count} unreadable ones left out"}
     if network:
         numbers[distance] = frechet_distance(*moments(features_x), *moments(features_y))
@@ -249,11 +241,10 @@ def main():
             for picture in entries[-1][1]:
                 picture.thumbnail((1024, 1024))  # at most
 
-    measured = measure(rt, args, tokenizer, pictures, network, perceptual, keep)
+    numbers, notes, shown = measure(rt, args, tokenizer, pictures, network, perceptual, keep)
     entries = [entry for share in rt.gather(entries) for entry in share]  # in order
     if not rt.main:
         return
-    numbers, notes, shown = measured
     names = CLIP_NUMBERS if video else NUMBERS
     numbers = {name: numbers.get(name, absent.get(name)) for name in names}
     notes = {name: notes[name] for name in names if name in notes}

@@ -15,7 +15,6 @@ import contextlib
 import math
 import os
 import struct
-import sys
 import zipfile
 from pathlib import Path
 
@@ -42,10 +41,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         raise UserError("the statistics hold values that are not finite, or huge: no Frechet distance")
 
     def factor(sigma):  # (D, D) -> (D, rank), A with A A^T = sigma
-        try:
-            values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
-        except torch.linalg.LinAlgError:  # torch gives up on some that have one eigenvalue many times
-            values, vectors = float64(*scipy.linalg.eigh(sigma.cpu()))
+        # SciPy's: torch's gives up on some matrices that have one eigenvalue many times.
+        values, vectors = float64(*scipy.linalg.eigh(((sigma + sigma.T) / 2).cpu()))
         positive = values > values.max() * len(values) * torch.finfo(values.dtype).eps  # the rest is rounding
         return vectors[:, positive] * values[positive].sqrt()
 
@@ -279,8 +276,7 @@ def readable_batches(rt, pictures, batch_size, workers):
     """This rank's `data.Batch`es of pictures that can be read, with a progress bar. UserError if over 1 % cannot."""
     bad, batches = BadPictures(pictures), evaluation_batches(pictures, batch_size, rt.rank, rt.world, workers)
     steps = math.ceil(len(pictures) / (rt.world * batch_size))
-    bar = tqdm(batches, str(pictures.source), steps, disable=not (rt.main and sys.stderr.isatty()), dynamic_ncols=True)
-    for batch in bar:
+    for batch in tqdm(batches, str(pictures.source), steps, disable=None if rt.main else True, dynamic_ncols=True):
         bad.add(batch.unreadable)
         if len(batch.images):
             yield batch

@@ -308,18 +308,20 @@ def parse_with_presets(arguments, presets, argv=None):
     return arguments.parse_args(argv)
 
 
-def at_least(lowest, kind=int, highest=None):
-    """An argparse type: a number from `lowest` to `highest` (without one: what no computation overflows with)."""
+def at_least(lowest, kind=int, highest=None, word=None):
+    """An argparse type: `word`, or a number from `lowest` to `highest` (None: what no computation overflows with)."""
     highest = highest if highest is not None else 10**10 if kind is int else 1e30
 
     def number(text):
+        if text == word:
+            return word
         value = kind(text)
         if not lowest <= value <= highest:
             limit = f"at most {highest}" if value > highest else f"at least {lowest}"
             raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
         return value
 
-    number.__name__ = kind.__name__  # argparse names it where the text is no number
+    number.__name__ = f"{kind.__name__} or '{word}'" if word else kind.__name__  # in argparse's message for no number
     return number
 
 

@@ -78,9 +78,10 @@ class Run:
             rt.say(f"resumed {self.checkpoint} at step {self.step}")
         epoch_steps, self.total = run_length(args, settings["pictures"])
         accumulation = split_batch(args.global_batch, args.micro_batch, rt.world)
-        batch = f"{args.global_batch} = {rt.world} process(es) x {args.micro_batch} x {accumulation} accumulated"
-        length = f"{settings['pictures']} pictures, {epoch_steps} steps an epoch, {self.total} steps"
-        rt.say(f"{length}; global batch {batch}")
+        rt.say(f"{settings['pictures']} pictures, {epoch_steps} steps an epoch, {self.total} steps")
+        rt.say(
+            f"global batch {args.global_batch} = {rt.world} process(es) x {args.micro_batch} x {accumulation} passes"
+        )
         self.signal = StopSignal()
         # The first step whose loss or weights were not finite: on the device, without waiting for it.
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=rt.device)
@@ -94,8 +95,7 @@ class Run:
                 self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         # Where the run that this one resumes ended between a save and the end of the evaluation
         self.lacks_evaluation = rt.share(self.step > 0 and self.due(args.eval_every) and not evaluated)
-        hidden = None if rt.main else True  # None: where no terminal looks
-        self.bar = tqdm(total=self.total, initial=self.step, disable=hidden, dynamic_ncols=True)
+        self.bar = tqdm(total=self.total, initial=self.step, disable=None if rt.main else True, dynamic_ncols=True)
         self.last_time, self.last_step = time.perf_counter(), self.step
 
     def advance(self, loss):
@@ -118,8 +118,7 @@ class Run:
         on_cpu = self.rt.device.type == "cpu"
         peak = 0 if on_cpu else torch.get_device_module(self.rt.device).max_memory_allocated() / 2**30
         memory = self.rt.reduce([peak], "max")[0]
-        speed = self.args.global_batch / seconds
-        self.note(f"left {left}", **values, images_per_second=speed, memory_gib=memory)
+        self.note(f"left {left}", **values, images_per_second=self.args.global_batch / seconds, memory_gib=memory)
 
     def note(self, *words, **values):
         """Log words, on the screen only, and values. What went before (an evaluation) counts in no line's speed."""

@@ -391,4 +391,4 @@ def test_what_the_user_gets_wrong(evaluate, files, tmp_path):
     absent = ["--tokenizer", tokenizer, "--data", tmp_path / "absent"]
     assert "no picture folder" in fails_with_one_line("eval_tokenizer.py", *absent)
     line = fails_with_one_line("eval_tokenizer.py", *absent, "--size", "large")
-    assert "argument --size: invalid pixels_or_original value: 'large'" in line
+    assert "argument --size: invalid int or 'original' value: 'large'" in line

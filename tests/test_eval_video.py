@@ -312,7 +312,7 @@ def test_what_the_user_gets_wrong(evaluate, files, tmp_path):
     assert not (tmp_path / "out").exists()  # nothing half-written
     flags = ["--tokenizer", files.folder / "tokenizer.pt"]
     line = fails_with_one_line("eval_tokenizer.py", *flags, "--frames", "some")
-    assert "argument --frames: invalid frames_or_all value: 'some'" in line
+    assert "argument --frames: invalid int or 'all' value: 'some'" in line
     assert "argument --frames: must be at least 1" in fails_with_one_line("eval_tokenizer.py", *flags, "--frames", 0)
     assert "argument --video-format" in fails_with_one_line("eval_tokenizer.py", *flags, "--video-format", "avi")
     assert of_videos in fails_with_one_line("eval_tokenizer.py", *flags, "--html")
