@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 import torch.multiprocessing
 
 ROOT = Path(__file__).parent.parent
@@ -114,6 +115,28 @@ def start(script, *flags, processes=1):
         env=environment(),
         start_new_session=True,
     )
+
+
+class Forked:
+    """The same quicker, in a forked process; under torchrun only that is forked, its ranks start as ever. Has what tests
+    want of subprocess.Popen."""
+
+    def __init__(self, script, *flags, processes=1, restarts=0):
+        words = command(script, *flags, processes=processes)[1:]
+        if processes > 1:
+            words[:2] = [torch.distributed.run.__file__, f"--max-restarts={restarts}"]
+        self.folder = tempfile.TemporaryDirectory()
+        self.child = fork(self.folder.name, *words, prepare=os.setsid)
+        self.pid = self.child.pid
+
+    def poll(self):
+        return self.child.exitcode
+
+    def communicate(self, timeout=120):
+        self.child.join(timeout)
+        self.returncode = self.child.exitcode
+        assert self.returncode is not None, "it goes on"
+        return [Path(self.folder.name, name).read_text() for name in ("stdout", "stderr")]
 
 
 def on_two_ranks(worker, folder, *inputs):

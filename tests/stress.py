@@ -63,7 +63,7 @@ def steps_logged(folder):
     return max((line["step"] for line in log_lines(folder)), default=0) if (folder / "log.jsonl").exists() else 0
 
 
-def torture(script, flags, folder, kills, seed, processes=(1, 2), steps=None):
+def torture(script, flags, folder, kills, seed, processes=(1, 2), steps=None, start=start):
     """Run `script` whole and tortured; returns a dict of what happened: counts, and "equal" (True, or what differs)."""
     rng = random.Random(seed)
     flags = [*flags, "--steps", steps or 10 + 4 * kills]

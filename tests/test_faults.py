@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import assert_equal, command, environment, fails_with_one_line, log_lines, run, server, start, wait_for
+from scripts import Forked, assert_equal, command, environment, fails_with_one_line, log_lines, run, server, wait_for
 from stress import AR, TOKENIZER, children, compare, torture
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -68,7 +68,7 @@ def codes(run_folder):
 @pytest.mark.parametrize("name, processes, kills", [("train_tokenizer.py", (1, 2), 3), ("train_ar.py", (1,), 2)])
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(name, processes, kills, codes, tmp_path):
     flags = TOKENIZER if name == "train_tokenizer.py" else ["--codes", codes, "--val-codes", codes, *AR]
-    found = torture(name, flags, tmp_path, kills, seed=1, processes=processes, steps=12)
+    found = torture(name, flags, tmp_path, kills, 1, processes, steps=12, start=Forked)
     assert found["equal"] is True and found["restarts"] == kills, found
 
 
@@ -118,9 +118,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
 @pytest.mark.parametrize("restarts", [0, 2])
 def test_a_rank_killed_under_torchrun(restarts, run_folder, tmp_path):
     flags = [*TOKENIZER, "--steps", 4, "--save-every", 1, "--out", tmp_path]
-    words = command("train_tokenizer.py", *flags, processes=2)
-    words.insert(words.index("--standalone"), f"--max-restarts={restarts}")
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = Forked("train_tokenizer.py", *flags, processes=2, restarts=restarts)
     wait_for(tmp_path / "step_00000001.pt", process)
     ranks = children(process.pid)
     os.kill(ranks[-1], signal.SIGKILL)
@@ -136,13 +134,12 @@ def test_a_rank_killed_under_torchrun(restarts, run_folder, tmp_path):
 
 def test_ranks_end_with_their_torchrun_and_a_signal_to_it_saves(tmp_path):
     for number in (signal.SIGTERM, signal.SIGKILL):
-        words = command("train_tokenizer.py", *TOKENIZER, "--steps", 1000, "--out", tmp_path, processes=2)
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+        process = Forked("train_tokenizer.py", *TOKENIZER, "--steps", 1000, "--out", tmp_path, processes=2)
         begun = checkpoint.checkpoints(tmp_path)
         step = int(begun[-1].stem[5:]) if begun else 0
         wait_for(tmp_path / f"step_{step + 2:08d}.pt", process)
         ranks = children(process.pid)
-        process.send_signal(number)
+        os.kill(process.pid, number)
         out, _ = process.communicate(timeout=60)
         assert ("stopped by a signal" in out) == (number == signal.SIGTERM)
         for pid in ranks:  # they may need a moment
@@ -156,17 +153,18 @@ def test_ranks_end_with_their_torchrun_and_a_signal_to_it_saves(tmp_path):
 
 def test_a_run_does_not_depend_on_its_terminal(tmp_path):
     """Nobody reads what it says, the terminal hangs up; stdout and stderr are closed from the start."""
-    flags = [*TOKENIZER, "--eval-every", 1000, "--steps", 6, "--out"]
+    flags = [*TOKENIZER, "--eval-every", 1000, "--steps", 4, "--out"]
     words = command("train_tokenizer.py", *flags, tmp_path / "closed")
     closed = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], env=environment())
-    process = start("train_tokenizer.py", *flags, tmp_path / "left")
+    words = command("train_tokenizer.py", *flags, tmp_path / "left")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     process.stdout.close()
     process.stderr.close()
     wait_for(tmp_path / "left" / "step_00000001.pt", process)
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 0 and closed.wait(60) == 0
     assert compare(tmp_path / "left", tmp_path / "closed") is True
-    assert checkpoint.checkpoints(tmp_path / "left")[-1].name == "step_00000006.pt"
+    assert checkpoint.checkpoints(tmp_path / "left")[-1].name == "step_00000004.pt"
 
 
 @pytest.mark.parametrize("line", ["5", '{"a": 1}', '{"step": "x"}', "\udcff\udcfe", "[" * 20000, '{"step": 9'])
