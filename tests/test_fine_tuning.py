@@ -21,7 +21,7 @@ from lfq import split_indices
 from tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
 # A 24 pixel tokenizer with the discriminator on; two micro-batches a step.
-SCHEDULE = "--global-batch 8 --micro-batch 4 --save-every 1 --log-every 1 --eval-every 100"
+SCHEDULE = "--global-batch 8 --micro-batch 4 --save-every 1 --log-every 1 --eval-every 100 --eval-pictures 8"
 STAGE_1 = [
     "--data",
     "glyphs:60:AB",
@@ -262,7 +262,7 @@ def test_what_cannot_be_begun_with(tmp_path, base, codes, script, name, words, p
 
 @pytest.fixture(scope="module")
 def codes(base, tmp_path_factory):
-    """Caches of glyphs by `base`, 24 x 24 pixels, 12 x 12 tokens of 10 bits; "other" by an earlier `base`."""
+    """Caches of glyphs by `base`, 16 x 16 pixels, 8 x 8 tokens of 10 bits; "other" by an earlier `base`."""
     folder, made = tmp_path_factory.mktemp("codes"), {}
     for name, tokenizer, classes in [
         ("ABCDE", base, "ABCDE"),
@@ -270,7 +270,7 @@ def codes(base, tmp_path_factory):
         ("XYZ", base, "XYZ"),
         ("other", base / "step_00000002.pt", "ABC"),
     ]:
-        flags = ["--tokenizer", tokenizer, "--data", f"glyphs:30:{classes}", "--size", 24, "--workers", 0]
+        flags = ["--tokenizer", tokenizer, "--data", f"glyphs:30:{classes}", "--size", 16, "--workers", 0]
         run("encode.py", *flags, "--out", folder / name)
         made[name] = folder / name
     return made
