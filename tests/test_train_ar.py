@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from scripts import assert_equal, fails_with_one_line, log_lines, names_in, run, start, wait_for
+from scripts import Forked, assert_equal, fails_with_one_line, log_lines, names_in, run, start, wait_for
 
 from ar_model import load_ar
 from checkpoint import read_weights, write_atomically
@@ -65,9 +65,11 @@ def test_what_a_run_leaves(whole, codes):
     assert_equal(dict(tokenizer.state_dict()), dict(cached))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)])
-def test_interrupted_run_ends_with_the_same_weights(whole, flags, tmp_path, number, code):
-    process = start("train_ar.py", *flags, "--out", tmp_path)
+@pytest.mark.parametrize(
+    "launch, number, code", [(Forked, signal.SIGKILL, -signal.SIGKILL), (start, signal.SIGTERM, 0)]
+)
+def test_interrupted_run_ends_with_the_same_weights(whole, flags, tmp_path, launch, number, code):
+    process = launch("train_ar.py", *flags, "--out", tmp_path)
     wait_for(tmp_path / "step_00000002.pt", process)
     os.killpg(process.pid, number)
     out, _ = process.communicate()
