@@ -103,7 +103,7 @@ def test_two_processes_equal_two_micro_batches(whole, flags, tmp_path):
 def sharded(flags, tmp_path_factory):
     """The same run, spread over two processes."""
     out = tmp_path_factory.mktemp("sharded")
-    run("train_ar.py", *flags, "--shard", "--out", out, processes=2)
+    run("train_ar.py", *flags, "--shard", "--save-every", 7, "--out", out, processes=2)
     return out
 
 
@@ -128,7 +128,8 @@ def assert_close(ours, theirs, path=""):
 
 
 def without_flags(state):
-    return {**state, "settings": {k: v for k, v in state["settings"].items() if k not in {"shard", "out"}}}
+    settings = {k: v for k, v in state["settings"].items() if k not in {"shard", "save_every", "out"}}
+    return {**state, "settings": settings}
 
 
 def test_a_sharded_run_equals_a_plain_one(whole, sharded):
@@ -142,7 +143,7 @@ def test_a_sharded_run_equals_a_plain_one(whole, sharded):
 
 
 def test_sharded_gradients_accumulate(flags, tmp_path):
-    smaller = [*flags, "--micro-batch", 2, "--steps", 3, "--eval-every", 9]
+    smaller = [*flags, "--micro-batch", 2, "--steps", 3, "--eval-every", 9, "--save-every", 9]
     run("train_ar.py", *smaller, "--out", tmp_path / "plain")
     done = run("train_ar.py", *smaller, "--shard", "--out", tmp_path / "sharded", processes=2)
     assert "2 process(es) x 2 x 2 accumulated" in done.stdout
@@ -170,7 +171,7 @@ def test_samples_of_a_sharded_run(sharded, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_checkpointed_activations_change_nothing(processes, whole, sharded, flags, tmp_path):
-    more = ["--checkpoint-activations"] + ["--shard"] * (processes == 2)
+    more = ["--checkpoint-activations", "--save-every", 7] + ["--shard"] * (processes == 2)
     run("train_ar.py", *flags, *more, "--out", tmp_path, processes=processes)
     plain = final(sharded if processes == 2 else whole)
     assert_equal(final(tmp_path)["model"], plain["model"])
