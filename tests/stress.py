@@ -23,8 +23,8 @@ from scripts import assert_equal, log_lines, run, start
 
 from checkpoint import checkpoints, read_weights
 
-# Two micro-batches a step, or one on each of two processes. 48 pictures are evaluated: full batches on either.
-SHARED = "--global-batch 8 --micro-batch 4 --save-every 3 --log-every 1 --eval-every 5 --eval-pictures 48 --lr 1e-3"
+# Two micro-batches a step, or one on each of two processes. 16 pictures are evaluated: full batches on either.
+SHARED = "--global-batch 8 --micro-batch 4 --save-every 3 --log-every 1 --eval-every 5 --eval-pictures 16 --lr 1e-3"
 TOKENIZER = "--data glyphs:60:AB --size 24 --channels 32 --multipliers 1 1 --blocks 1 --precision fp32 --workers 1"
 TOKENIZER += " --gan-weight 0.1 --lecam-weight 0.05 --ema 0.9 " + SHARED
 AR = "--width 32 --heads 2 --spatial-layers 2 --intra-layers 1 --dropout 0.1 " + SHARED
