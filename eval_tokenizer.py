@@ -98,16 +98,6 @@ def rebuild(tokenizer, x):
 
 
 @torch.no_grad()
-def rebuild_video(tokenizer, x, frames=17):
-    """Clips (B, 3, T, H, W) in [-1, 1], any T -> (y of the same shape, unclamped, indices (B, t, h, w)): windows of
-    `frames` frames, each coded by itself. One that would lose its last frames, as in the published script, is padded
-    with its last frame first, and y is cut."""
-    windows = [pad(w, [0] * 5 + [(1 - w.shape[2]) % tokenizer.time_factor], "replicate") for w in x.split(frames, 2)]
-    y, indices, _ = zip(*map(tokenizer, windows))
-    return torch.cat([part[:, :, :frames] for part in y], 2)[:, :, : x.shape[2]], torch.cat(indices, 1)
-
-
-@torch.no_grad()
 def measure(rt, args, tokenizer, pictures, network, perceptual, keep=None):
     """Run all pictures, or clips, through, every rank its share. network: Inception, or I3D; or None. perceptual: {name
     of the number: LPIPS}. keep: called with each picture's index, itself and its reconstruction, uint8 (3, [T,] H, W),
@@ -121,7 +111,7 @@ def measure(rt, args, tokenizer, pictures, network, perceptual, keep=None):
         images = batch.images.to(rt.device)
         x = data.to_float(images)
         with runtime.autocast(rt.device, args.precision):
-            y, indices = rebuild_video(tokenizer, x, (pictures.shape or [17])[0]) if video else rebuild(tokenizer, x)
+            y, indices = tokenizer.rebuild(x, (pictures.shape or [17])[0]) if video else rebuild(tokenizer, x)
         y = y.float().clamp(-1, 1)
         if not y.isfinite().all():
             raise UserError(f"{args.tokenizer} gives back values that are not finite")

@@ -33,6 +33,7 @@ from data import identity, open_pictures, picture_grid, read_batch, to_float, to
 from page import write_page
 from runtime import UserError, at_least
 from tokenizer import RELEASED, load_tokenizer
+from video_tokenizer import VideoTokenizer
 
 # Pairs (pre, post): the paper's settings of evaluation, by size; `show` trades variety for clear pictures.
 _PLAIN = {"cfg_scale": (1.0, 1.0), "temperature": (1.0, 1.0), "top_k": (0, 0), "top_p": (1.0, 1.0)}
@@ -192,6 +193,8 @@ def load_models(rt, args):
     advice = "name the one it was trained with: --tokenizer PATH_OR_NAME"
     if tokenizer is None:
         raise UserError(f"{path} carries no tokenizer; {advice}")
+    if isinstance(tokenizer, VideoTokenizer):
+        raise UserError(f"{tokenizer_path} is a tokenizer of videos; {advice}")
     bits, model_bits = tokenizer.config.bits, sum(model.config.factorized_bits)
     if bits != model_bits:
         raise UserError(f"tokens of {tokenizer_path} have {bits} bits, those of {path} {model_bits}; {advice}")

@@ -184,6 +184,15 @@ class VideoTokenizer(nn.Module):
         quantized, indices, losses = self.quantize(clips)
         return self.decoder(quantized), indices, losses
 
+    def rebuild(self, clips, frames=17):
+        """Clips of any T -> (reconstruction (B, 3, T, H, W), indices (B, t, h, w)), in windows of `frames` frames, each
+        coded by itself. One that would lose frames is lengthened by its last frame first, and cut afterwards."""
+        parts = [
+            pad(x, (0, 0, 0, 0, 0, (1 - x.shape[2]) % self.time_factor), "replicate") for x in clips.split(frames, 2)
+        ]
+        y, indices, _ = zip(*map(self, parts))
+        return torch.cat([part[:, :, :frames] for part in y], 2)[:, :, : clips.shape[2]], torch.cat(indices, 1)
+
 
 # --- The start of training --------------------------------------------------------------------------------------------
 def inflate(tokenizer):

@@ -189,7 +189,7 @@ def test_clips_too_short_or_too_few_for_the_distance(evaluate, files):
 @pytest.mark.parametrize("frames", [1, 4, 16, 17, 18, 40])
 def test_videos_of_any_length_come_back_whole(files, frames):
     clips = torch.randint(256, (2, 3, frames, 16, 24), dtype=torch.uint8)
-    y, indices = eval_tokenizer.rebuild_video(files.tokenizer, clips / 127.5 - 1)
+    y, indices = files.tokenizer.rebuild(clips / 127.5 - 1)
     assert y.shape == clips.shape
     for clip, ours, codes in zip(clips, y, indices):
         truth, truth_codes = rebuilt_one_by_one(files.tokenizer, clip)
@@ -203,7 +203,7 @@ def test_videos_of_any_length_come_back_whole(files, frames):
 def test_windows_of_other_lengths(files):
     """Of 6 frames, each padded to 9 and cut, the last of 3 to 5."""
     x = torch.rand(1, 3, 15, 8, 8) * 2 - 1
-    y, indices = eval_tokenizer.rebuild_video(files.tokenizer, x, frames=6)
+    y, indices = files.tokenizer.rebuild(x, frames=6)
     numbers = [*range(6), 5, 5, 5], [*range(6, 12), 11, 11, 11], [12, 13, 14, 14, 14]
     parts = [files.tokenizer(x[:, :, window]) for window in numbers]
     assert torch.equal(y, torch.cat([part[0][:, :, :n] for part, n in zip(parts, (6, 6, 3))], 2))

@@ -17,6 +17,7 @@ import sample
 from ar_model import ARConfig, ARTransformer
 from runtime import UserError
 from tokenizer import Tokenizer, TokenizerConfig
+from video_tokenizer import VideoTokenizer
 
 CONFIG = ARConfig(width=32, heads=2, spatial_layers=1, intra_layers=1, grid=4, num_classes=5)
 NAMES = ["A", "B", "cat", "0", "odd/name"]
@@ -63,6 +64,7 @@ def files(models, tmp_path_factory):
         "nameless": {**whole, "class_names": None},
         "tokenizer": {"kind": "tokenizer", "config": state["config"], "tokenizer": state["state"]},
         "10bits": {"kind": "tokenizer", "config": dataclasses.asdict(other.config), "tokenizer": other.state_dict()},
+        "video": VideoTokenizer(tokenizer.config).state_dict(),
     }
     for name, content in contents.items():
         torch.save(content, folder / f"{name}.pt")
@@ -469,6 +471,7 @@ def test_options_out_of_range(flags, word, monkeypatch, capsys):
         (["--classes", "-1"], "unknown class '-1'"),
         (["--model", "bare"], "bare.pt carries no tokenizer"),
         (["--tokenizer", "10bits"], "have 10 bits, those of .* 18"),
+        (["--tokenizer", "video"], "video.pt is a tokenizer of videos; name the one it was trained with"),
         (["--model", "tokenizer"], "is a tokenizer file"),
         (["--tokenizer", "bare"], "no tokenizer"),
         (["--model", "nowhere.pt"], "no file or folder nowhere.pt; released names: B, L, XL"),
