@@ -69,7 +69,7 @@ def parse(argv=None):
     )
     add("--val-data", help="the same, for PSNR and the reconstruction pictures; --data where it is not given")
     add("--size", type=at_least(1), help="side of the training crops, pixels")
-    add("--frames", type=at_least(0), default=0, help="of a clip, for a tokenizer of videos; 0: of pictures")
+    add("--frames", type=at_least(0), default=0, help="frames a clip, for a tokenizer of videos; 0: pictures")
     add("--workers", type=at_least(0), default=2, help="loader processes per device")
     add("--seed", type=at_least(0), default=0, help="of initialisation, order, crops")
     add = arguments.add_argument_group("model").add_argument
