@@ -1,5 +1,6 @@
 """Running the project's scripts as users do: in processes of their own, alone, as ranks, or under torchrun."""
 
+import atexit
 import functools
 import importlib.util
 import json
@@ -118,8 +119,8 @@ def start(script, *flags, processes=1):
 
 
 class Forked:
-    """The same quicker, in a forked process; under torchrun only that is forked, its ranks start as ever. Has what tests
-    want of subprocess.Popen."""
+    """What `start` starts, quicker, by a fork (under torchrun of that alone: its ranks start as ever), with what tests
+    want of a subprocess.Popen."""
 
     def __init__(self, script, *flags, processes=1, restarts=0):
         words = command(script, *flags, processes=processes)[1:]
@@ -128,6 +129,7 @@ class Forked:
         self.folder = tempfile.TemporaryDirectory()
         self.child = fork(self.folder.name, *words, prepare=os.setsid)
         self.pid = self.child.pid
+        atexit.register(self.child.kill)  # of a test that failed: Python would wait for it
 
     def poll(self):
         return self.child.exitcode

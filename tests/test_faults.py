@@ -68,7 +68,7 @@ def codes(run_folder):
 @pytest.mark.parametrize("name, processes, kills", [("train_tokenizer.py", (1, 2), 3), ("train_ar.py", (1,), 2)])
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(name, processes, kills, codes, tmp_path):
     flags = TOKENIZER if name == "train_tokenizer.py" else ["--codes", codes, "--val-codes", codes, *AR]
-    found = torture(name, flags, tmp_path, kills, 1, processes, steps=12, start=Forked)
+    found = torture(name, flags, tmp_path, kills, seed=1, processes=processes, steps=12, start=Forked)
     assert found["equal"] is True and found["restarts"] == kills, found
 
 
