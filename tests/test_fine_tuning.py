@@ -22,23 +22,8 @@ from tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
 # A 24 pixel tokenizer with the discriminator on; two micro-batches a step.
 SCHEDULE = "--global-batch 8 --micro-batch 4 --save-every 1 --log-every 1 --eval-every 100 --eval-pictures 8"
-STAGE_1 = [
-    "--data",
-    "glyphs:60:AB",
-    "--size",
-    "24",
-    "--gan-weight",
-    "0.1",
-    "--lecam-weight",
-    "0.05",
-    "--workers",
-    "0",
-    "--lr",
-    "1e-3",
-    "--ema",
-    "0.9",
-]
-STAGE_1 += SCHEDULE.split()
+STAGE_1 = "--data glyphs:60:AB --size 24 --gan-weight 0.1 --lecam-weight 0.05 --workers 0 --lr 1e-3 --ema 0.9 "
+STAGE_1 = (STAGE_1 + SCHEDULE).split()
 SMALL = ["--channels", "32", "--multipliers", "1", "1", "--blocks", "1", "--bits", "10"]
 STAGE_2 = [*["--intra-layers", "1", "--dropout", "0", "--warmup-epochs", "0", "--lr", "1e-3"], *SCHEDULE.split()]
 
@@ -311,13 +296,8 @@ def test_a_transformer_run_begins_with_a_files_weights(codes, transformer, tmp_p
     assert ours["optimizer"]["state"][0]["step"] == 1
     assert log_lines(tmp_path)[0]["loss"] == pytest.approx(first_cross_entropy(file, codes["ABC"]), rel=1e-6)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert {name: config[name] for name in ("width", "heads", "spatial_layers", "pre_bits", "dropout")} == {
-        "width": 32,
-        "heads": 2,
-        "spatial_layers": 2,
-        "pre_bits": 4,
-        "dropout": 0,
-    }
+    sizes = {"width": 32, "heads": 2, "spatial_layers": 2, "pre_bits": 4, "dropout": 0}
+    assert {name: config[name] for name in sizes} == sizes
 
 
 @pytest.mark.parametrize("classes", ["ABCDE", "XYZ"])
