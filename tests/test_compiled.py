@@ -12,8 +12,7 @@ from ar_model import ARConfig, ARTransformer, cross_entropies
 from losses import LPIPS
 from tokenizer import Tokenizer, TokenizerConfig, Upsampler
 
-# No processes that only start compilers.
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes that only start compilers
 pytestmark = pytest.mark.skipif(
     not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")), reason="needs a C++ compiler"
 )
