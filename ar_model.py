@@ -76,11 +76,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary_table(grid, head_width, device=None):
-    """cos and sin of the 2D rotary embedding, (2, grid^2 + 1, D/2) float32.
-    Grid place t stands at position t + 1. The first D/4 rotation pairs turn by row * frequency, the others by column *
-    frequency, frequencies 1 / 10000^(2j / (D/2)), j = 0..D/4-1."""
+    """cos and sin of the 2D rotary embedding, (2, grid^2 + 1, D/2) float32; grid place t stands at position t + 1.
+    The first D/4 rotation pairs turn by row * frequency, the others by column * frequency."""
     half = head_width // 2
-    frequencies = 1 / 10000 ** (torch.arange(0, half, 2, device=device) / half)  # (D/4,)
+    frequencies = 1 / 10000 ** (torch.arange(0, half, 2, device=device) / half)  # (D/4,): 1 / 10000^(2j / (D/2))
     angles = torch.arange(grid, device=device)[:, None] * frequencies  # (grid, D/4)
     by_row, by_column = angles[:, None].expand(-1, grid, -1), angles[None].expand(grid, -1, -1)
     angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)  # (grid, grid, D/2) -> (grid^2, D/2)
@@ -111,10 +110,8 @@ def causal_attention(qkv, rotary, heads):
 
 
 class Attention(nn.Module):
-    """The spatial blocks' causal self-attention, (rows, N, d) -> (rows, N, d).
-
-    With a cache (2, rows, H, length, D) x is the one token, N = 1, at `position`: its key and value are written there,
-    and it attends to those up to it."""
+    """The spatial blocks' causal self-attention, (rows, N, d) -> the same. With a cache (2, rows, H, length, D) x is one
+    token, N = 1, at `position`: its key and value are written there, and it attends to those up to it."""
 
     def __init__(self, config):
         super().__init__()
@@ -338,9 +335,8 @@ def draw_tokens(model, labels, uniforms, options, tokens, given):
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """Logits (..., V) with what top-k and then top-p leave out set to -inf; at least one entry stays.
-    top_k: keep logits that reach the k-th largest (0: all). top_p: keep the smallest set of the likeliest entries whose
-    probability, after top-k, passes p (1: all)."""
+    """Logits (..., V) with -inf for what is left out; at least one entry stays. top_k: keep those that reach the k-th
+    largest (0: all). top_p: of these, keep the smallest set of the likeliest whose probability passes p (1: all)."""
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

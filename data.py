@@ -11,7 +11,6 @@ So a run goes on from any step, with any number of workers.
 Letters: b pictures in a batch, S side in pixels, h w latent grid."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ import os
 import signal
 import sys
 import warnings
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -150,8 +150,7 @@ class PictureFolder:
 
 def walk(source):
     """Yields (path from `source` on, names of its files) for `source` and each folder below, but for what is hidden.
-    Links to folders are followed, after all that is there without them; a folder seen before is shown empty: neither a
-    loop nor a second way adds files."""
+    Links to folders are followed last. A folder seen before is shown empty: no loop and no second way adds files."""
     seen, tops = set(), [source]
     for top in tops:  # grows by the links on the way
         for folder, inside, files in os.walk(top, onerror=_stop):
@@ -270,17 +269,13 @@ class SampleOrder:
     picture once, batches straddle epochs, starting at any step is free."""
 
     def __init__(self, count, seed):
-        self.count, self.seed = count, seed
+        self.count = count
+        self.order = lru_cache(2)(lambda epoch: np.random.default_rng([ORDER, seed, epoch]).permutation(count))
 
     def at(self, first, number):
         """Samples first .. first + number - 1 as a list of (epoch, index)."""
         places = [divmod(sample, self.count) for sample in range(first, first + number)]
-        return [(epoch, int(_permutation(self.count, self.seed, epoch)[place])) for epoch, place in places]
-
-
-@functools.lru_cache(2)
-def _permutation(count, seed, epoch):
-    return np.random.default_rng([ORDER, seed, epoch]).permutation(count)
+        return [(epoch, int(self.order(epoch)[place])) for epoch, place in places]
 
 
 class Batch(NamedTuple):
@@ -310,7 +305,6 @@ def read_batch(pictures, entries, tries=1):
 def training_batches(dataset, seed, global_batch, micro_batch, rank, world, first_step, total_steps, workers=0):
     """Yields for each step, first_step (0-based) .. total_steps - 1, the list of this rank's micro-batches. Readable
     pictures take the places of others, as CUDA graphs want one shape. Raises UserError where the sizes do not divide.
-
     A step's global batch is cut into a share for each rank in turn, and that into micro-batches. So two ranks with one
     micro-batch each see exactly what one rank with two sees. Nothing depends on `workers`."""
     share = split_batch(global_batch, micro_batch, world) * micro_batch  # of a step's samples
@@ -334,7 +328,7 @@ def _loader(pictures, entries, full, workers):
     """Yields the `Batch` of each list in `entries`, of `full` pictures where that is not 0. Between processes it holds
     NumPy's arrays, through a pipe: torch's go through /dev/shm, which containers keep small; full, it hangs."""
     pin = torch.accelerator.is_available()
-    read = functools.partial(read_batch, pictures, tries=enough_tries(pictures) if full else 1)
+    read = partial(read_batch, pictures, tries=enough_tries(pictures) if full else 1)
     # pin_memory leaves arrays alone, but has a thread take them out of the pipe.
     options = {"num_workers": workers, "pin_memory": pin, "worker_init_fn": _begin_worker}
     options |= {"generator": torch.Generator()}  # leaves the global one alone

@@ -67,8 +67,7 @@ def parse(argv=None):
 def published_original(images, rounding=False):
     """The original that the published PSNR and SSIM compare with: uint8 -> uint8, by the float way that the
     reconstruction takes too. Truncated, its grey levels 1 to 95 come out one lower."""
-    x = (images.double() / 127.5 - 1).float()  # rounded to float32 after all, as published
-    return data.to_uint8(x, rounding)
+    return data.to_uint8((images.double() / 127.5 - 1).float(), rounding)  # to float32 after all, as published
 
 
 def published_psnr(per_picture):

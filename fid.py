@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 fid.py REFERENCE SAMPLES       # every device takes a share
 
 A set is a folder of pictures (any depth, all of one size), an .npz of pictures (`arr_0`, uint8, (N, H, W, 3)), a
-reference file of ADM's evaluator (stored moments and pictures), or saved statistics. Out come the numbers and the
-protocol that they were made with; the convention (inception.py) is part of a number.
+reference file of ADM's evaluator (stored moments and pictures), or saved statistics. Out come the numbers and their
+protocol, of which the convention (inception.py) is part.
 
 Letters: B batch, N pictures, D features, H W pixels."""
 
@@ -323,8 +323,7 @@ def compare(reference, samples, classifier):
             raise UserError(f"IS is {numbers['IS']}: the features or Inception's weights hold huge values")
         numbers["IS splits"], rest = math.ceil(len(features) / 5000), len(features) % 5000
         if rest and len(features) > 5000:
-            short = f"the last split of IS has {rest} pictures, not 5000, which makes IS too small"
-            warnings.append(f"{short}: take a multiple of 5000")
+            warnings.append(f"the last split of IS has {rest} pictures, which makes IS too small: take 5000 each")
     numbers["precision"] = numbers["recall"] = "not computed (one set is moments only)"
     if "pool" in ref and "pool" in gen:
         numbers["precision"], numbers["recall"] = precision_recall(ref["pool"], gen["pool"])

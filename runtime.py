@@ -3,8 +3,7 @@
     rt = runtime.start()            # first in main(): this process's device, and its rank among all
     runtime.run_script(main)        # last in the file: runs main(); what the user can put right ends in one line
 
-So a script runs unchanged as `python X.py` on a CPU, as `torchrun --nproc_per_node=8 X.py` on one host, and with
-`--nnodes` on many. Nothing here knows a model."""
+So a script runs unchanged on a CPU, as `torchrun --nproc_per_node=8 X.py` on one host, and with `--nnodes` on many."""
 
 import argparse
 import contextlib
@@ -126,10 +125,9 @@ def _launched():
 
 
 def _fresh_store(rank, world):
-    """The store through which this launch's ranks find one another.
-    torchrun keeps one store over all restarts, and restarted ranks would find in it the addresses of those before them.
-    So each rank leaves a new random name and waits under it; rank 0 answers every name that it finds (those of ranks
-    that are gone, too) with a new random prefix, until all have confirmed that prefix."""
+    """The store through which this launch's ranks find one another. In torchrun's, which stays over all restarts, they
+    would find the addresses of those before them. So each rank leaves a new random name and waits under it; rank 0
+    answers every name that it finds (of ranks that are gone, too) with a new random prefix, until all confirmed it."""
     store, *_ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
     name = prefix = os.urandom(16).hex()
     if rank > 0:

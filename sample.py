@@ -7,9 +7,8 @@
 
 The kind of output follows from --out: `.png`, `.npz`, or else a folder. With K classes and M given pictures, picture i
 shows class i % K, goes on from given picture i // K % M, and is a function of --seed and i, whatever the number of
-processes. After a stop, the same command makes what is missing. Settings are saved with the pictures:
-FOLDER/config.json, OUT.json. Sampling follows Open-MAGVIT2 (arXiv 2409.04410): classifier-free guidance with a scale
-for each sub-token."""
+processes. After a stop, the same command makes what is missing. Settings are saved too: FOLDER/config.json, OUT.json.
+As in Open-MAGVIT2 (arXiv 2409.04410), classifier-free guidance has a scale for each sub-token."""
 
 import json
 import os

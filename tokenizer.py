@@ -196,8 +196,7 @@ class Tokenizer(nn.Module):
 
     def decode(self, indices):
         """Indices (B, h, w) -> images (B, 3, H, W), about [-1, 1], unclamped."""
-        dtype = self.decoder.conv_in.weight.dtype
-        codes = indices_to_codes(indices, self.config.bits, dtype)  # (B, h, w, K)
+        codes = indices_to_codes(indices, self.config.bits, self.decoder.conv_in.weight.dtype)  # (B, h, w, K)
         return self.decoder(codes.movedim(-1, 1).contiguous())
 
     def forward(self, images):
@@ -209,11 +208,9 @@ class Tokenizer(nn.Module):
 def load_tokenizer(path_or_name, ema=True):
     """A Tokenizer in eval mode, on the CPU, from a released name (of a tokenizer, "256_L", or a transformer, "B"), a
     released tokenizer or transformer file, this project's own file or run folder, or a bare state dict of any of these;
-    a VideoTokenizer of video_tokenizer.py, where the file's entries are those of one ("video_128").
-
-    ema: the moving average of the weights, where the file has one; False: the training weights. A released transformer
-    file carries the tokenizer that it was trained with, which is used as it stands. Raises UserError naming the file
-    and the entries at fault; nothing is ever loaded in part."""
+    a VideoTokenizer, where the file's entries are those of one ("video_128"). A transformer's is the one it was trained
+    with, as it stands. ema: the moving average of the weights, where the file has one; False: the training weights.
+    Raises UserError naming the file and the entries at fault; nothing is ever loaded in part."""
     path = locate(path_or_name, RELEASED)
     with reading(path, "a tokenizer file"):
         content = read_weights(path)
@@ -274,8 +271,7 @@ def entries_under(prefix, entries):
 
 def tokenizer_from_entries(entries, source, config=None):
     """A Tokenizer, or VideoTokenizer, in eval mode from its `encoder.*` and `decoder.*` entries; which and of what size
-    is read off their names and shapes. Raises UserError naming `source`, the entries that are missing, unexpected or
-    wrongly shaped, and the size."""
+    is read off their names and shapes. Raises UserError naming `source`, the entries at fault and the size."""
     video = any(".conv_1." in str(name) for name in entries)
     config = config or config_of(entries, source, video)
     kind, sizes = (VideoTokenizer, VIDEO_SIZES) if video else (Tokenizer, TOKENIZER_SIZES)
