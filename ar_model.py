@@ -110,8 +110,8 @@ def causal_attention(qkv, rotary, heads):
 
 
 class Attention(nn.Module):
-    """The spatial blocks' causal self-attention, (rows, N, d) -> the same. With a cache (2, rows, H, length, D) x is one
-    token, N = 1, at `position`: its key and value are written there, and it attends to those up to it."""
+    """The spatial blocks' causal self-attention, (rows, N, d) -> the same. With a cache (2, rows, H, length, D) x is
+    one token, N = 1, at `position`: its key and value are written there, and it attends to those up to it."""
 
     def __init__(self, config):
         super().__init__()
@@ -368,11 +368,10 @@ def image_uniforms(seeds, tokens):
 
 # --- Reading files ----------------------------------------------------------------------------------------------------
 def load_ar(path_or_name, config=None):
-    """(ARTransformer, Tokenizer or None), both in eval mode and on the CPU. The tokenizer is the one in the file.
-    path_or_name: a released name ("B", "L", "XL", "emoji"), a released transformer file, this project's own file or run
-    folder, or a bare state dict of any of these. B, L and XL are known by their width, own files carry their
-    configuration and the classes' names (`class_names`, else None); a bare state dict of another width needs `config`.
-    Raises UserError naming the file, the entries at fault and the size expected; nothing is loaded in part."""
+    """(ARTransformer, the file's Tokenizer or None), both in eval mode and on the CPU. path_or_name: a released name
+    ("B", "L", "XL", "emoji"), a released transformer file, this project's own file or run folder, or a bare state dict.
+    B, L and XL are known by their width; own files carry configuration and the classes' names (`class_names`, else
+    None); others need `config`. Raises UserError naming the file, the entries at fault and the size expected."""
     path = locate(path_or_name, RELEASED_AR)
     with reading(path, "a transformer file"):
         content = read_weights(path)

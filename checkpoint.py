@@ -78,10 +78,9 @@ def _archive(file):
 
 
 def read_weights(path):
-    """The content of a weights file, on the CPU, as plain tensors and containers.
-    Reads with `weights_only=True`. A file with foreign objects (the released ones are PyTorch Lightning's) is read once
-    more, with an inert placeholder for each and a warning that names their types; in torch's format of before 1.6 it is
-    refused. Nothing in a file is ever imported or called. Raises UserError as `runtime.reading` does."""
+    """The content of a weights file, on the CPU, as plain tensors and containers. Nothing in it is imported or called:
+    it is read with `weights_only=True`, and if it has foreign objects (released ones have PyTorch Lightning's) once
+    more, with an inert placeholder for each and a warning that names them; in torch's format of before 1.6, refused."""
     downloaded = str(path).startswith(torch.hub.get_dir())
     what = "a weights file" + (" (remove it, and it is downloaded again)" if downloaded else "")
     with reading(path, what), open(path, "rb") as file:
@@ -258,8 +257,7 @@ def write_atomically(path, content):
 
 def save_checkpoint(folder, state, keep_every=0):
     """Write `state` (plain tensors, numbers, strings; with its "step") as folder/step_XXXXXXXX.pt; returns the path.
-    Keeps the newest two files, and for good those whose step is a multiple of `keep_every` (0: none). A file of a later
-    step was passed over as damaged when the run began: it does not count among the newest."""
+    Keeps the newest two up to it (later ones were passed over as damaged), and multiples of `keep_every` (0: none)."""
     path = Path(folder) / f"step_{state['step']:08d}.pt"
     write_atomically(path, state)
     known = checkpoints(folder)

@@ -57,8 +57,7 @@ class ClipFolder(PictureFolder):
         found = {}
         for folder, files in walk(self.source):
             videos = [name for name in files if name.lower().endswith(VIDEOS)]
-            if _animated(self.source / folder, files):
-                videos += [name for name in files if name.lower().endswith(ANIMATIONS)]
+            videos += _animations(self.source / folder, files)
             paths = [os.path.normpath(f"{folder}/{name}") for name in videos]
             if not videos and any(name.lower().endswith(ENDINGS) for name in files):
                 paths, folder = [folder], os.path.dirname(folder) or "."
@@ -106,13 +105,13 @@ def _neighbours(count, new_count):
 
 
 # --- Frames of a file -------------------------------------------------------------------------------------------------
-def _animated(folder, names):
-    """Whether the first picture of ANIMATIONS that can be read is animated."""
-    for name in sorted(names):
-        if name.lower().endswith(ANIMATIONS):
-            with contextlib.suppress(Exception), opened(folder / name) as picture:
-                return getattr(picture, "is_animated", False)
-    return False
+def _animations(folder, names):
+    """The pictures of ANIMATIONS among `names`, if the first of them that can be read is animated."""
+    pictures = sorted(name for name in names if name.lower().endswith(ANIMATIONS))
+    for name in pictures:
+        with contextlib.suppress(Exception), opened(folder / name) as picture:
+            return pictures if getattr(picture, "is_animated", False) else []
+    return []
 
 
 def _read_frames(path, chosen=range):

@@ -115,8 +115,7 @@ class PictureFolder:
         self.paths = np.array([os.fsencode(path) for paths in found.values() for path in sorted(paths)])
         self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()])
         self._last = None, None  # index and picture
-        # Fail now, not in a worker.
-        first = read_batch(self, [(0, 0)], enough_tries(self))
+        first = read_batch(self, [(0, 0)], enough_tries(self))  # fail now, not in a worker
         if not len(first.images):
             words = f"can be read; {self.name(0)}: {first.unreadable[0]}"
             raise UserError(f"not one of the first {enough_tries(self)} {self.kind} in {source} {words}")

@@ -50,10 +50,9 @@ def parse(argv=None):
 
 
 class CodeWriter:
-    """Makes a code cache (its files: see data.py), or goes on with an unfinished one; ranks write their rows together.
-
-    settings: the manifest's entries, which decide the codes; see `open_writer`. A cache made with others (`source`
-    apart: a folder may move) is refused with a UserError naming them. Rank 0 makes its writer first."""
+    """Makes a code cache (its files: see data.py), or goes on with an unfinished one; ranks write their rows together,
+    once rank 0 has its writer. settings: the manifest's entries, which decide the codes. A cache made with others
+    (`source` apart: a folder may move) is refused with a UserError naming them."""
 
     def __init__(self, folder, settings):
         self.folder = Path(folder)

@@ -174,8 +174,7 @@ def open_folder(rt, folder):
     pictures = PictureFolder(folder, size=None, labelled=False)
     names = {}  # (H, W) -> a picture's name; from all headers, before any work
     for name in map(pictures.name, range(rt.rank, len(pictures), rt.world)):
-        # An unreadable one is counted when its turn comes.
-        with contextlib.suppress(Exception), opened(pictures.source / name) as picture:
+        with contextlib.suppress(Exception), opened(pictures.source / name) as picture:  # unreadable: counted later
             names.setdefault(picture.size[::-1], name)
     names = {shape: name for found in rt.gather(names) for shape, name in found.items()}
     if len(names) > 1:

@@ -113,8 +113,7 @@ def start():
 
 def _launched():
     """(rank, world, local rank) from torchrun's environment; without it (0, 1, 0)."""
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
-    found = {name: os.environ.get(name, "") for name in names}
+    found = {n: os.environ.get(n, "") for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     with contextlib.suppress(ValueError):
         rank, world, local_rank = int(found["RANK"] or 0), int(found["WORLD_SIZE"] or 1), int(found["LOCAL_RANK"] or 0)
         addressed = world == 1 or (found["MASTER_ADDR"] and found["MASTER_PORT"])

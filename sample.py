@@ -51,7 +51,6 @@ def parse(argv=None):
     arguments = runtime.parser(__doc__)
     presets = "paper: the published settings of this size (own sizes: B's); show: cfg 4 4, top-p .96 .96; "
     presets += "default: show for a grid, otherwise paper (emoji: top-p .9 .9); the flags below override it"
-    classes = "`all`, or comma-separated names or numbers (a name comes first); default: all, a grid: 10, spread evenly"
     pair = {"nargs": 2, "metavar": ("PRE", "POST")}
     add = arguments.add_argument_group("what").add_argument
     add("--model", required=True, help="transformer: a file, a run folder, emoji (in here), or B, L, XL (downloaded)")
@@ -59,7 +58,7 @@ def parse(argv=None):
     add("--given", help="pictures to go on from: a folder, or glyphs[:COUNT[:CLASSES]]; in a grid, a column each")
     add("--given-rows", type=at_least(1), help="upper rows of their tokens to keep; default: half of them")
     add("--out", required=True, help="X.png: a grid, a class a row; X.npz: uint8 (N, H, W, 3); or a folder")
-    add("--classes", help=classes)
+    add("--classes", help="`all`, or names or numbers (names go first), with commas; default: all, or 10 in a grid")
     add("--html", nargs="?", const="", metavar="PAGE", help="show them on a page too; default: OUT.html")
     add = arguments.add_argument_group("how many").add_mutually_exclusive_group().add_argument
     add("--per-class", type=at_least(1), help="pictures a class; default: those of --given, or 8 in a grid, else 50")
@@ -223,16 +222,14 @@ def choose_classes(text, names, number, spread=False):
     if text in (None, "all"):
         return list(range(number))
     labels, names = [], names or []
-    for item in (item.strip() for item in text.split(",")):
-        if item in names:
-            labels.append(names.index(item))
-            continue
-        if not (item.isdecimal() and len(item) < 10 and int(item) < number):
-            known = ", ".join([f"the numbers 0 to {number - 1}", *names[:40]])
-            known += f" and {len(names) - 40} more" if len(names) > 40 else ""
-            raise UserError(f"--classes: unknown class '{item}'; known are all, {known}")
-        labels.append(int(item))
-        if any(name.isdecimal() for name in names):
+    known = {str(label): label for label in range(number)} | {name: label for label, name in enumerate(names)}
+    for item in map(str.strip, text.split(",")):
+        if item not in known:
+            listed = ", ".join([f"the numbers 0 to {number - 1}", *names[:40]])
+            listed += f" and {len(names) - 40} more" if len(names) > 40 else ""
+            raise UserError(f"--classes: unknown class '{item}'; known are all, {listed}")
+        labels.append(known[item])
+        if item not in names and any(name.isdecimal() for name in names):
             taken = f"number {item} is taken, the class {names[labels[-1]]}"
             warnings.warn(f"--classes: no class is called {item}: {taken}", stacklevel=2)
     return labels

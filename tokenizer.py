@@ -208,9 +208,9 @@ class Tokenizer(nn.Module):
 def load_tokenizer(path_or_name, ema=True):
     """A Tokenizer in eval mode, on the CPU, from a released name (of a tokenizer, "256_L", or a transformer, "B"), a
     released tokenizer or transformer file, this project's own file or run folder, or a bare state dict of any of these;
-    a VideoTokenizer, where the file's entries are those of one ("video_128"). A transformer's is the one it was trained
-    with, as it stands. ema: the moving average of the weights, where the file has one; False: the training weights.
-    Raises UserError naming the file and the entries at fault; nothing is ever loaded in part."""
+    a VideoTokenizer, if the entries are those of one ("video_128"). A transformer's is the one it was trained with, as
+    it stands. ema: the moving average of the weights, where the file has one; False: the training weights. Raises
+    UserError naming the file and the entries at fault; nothing is ever loaded in part."""
     path = locate(path_or_name, RELEASED)
     with reading(path, "a tokenizer file"):
         content = read_weights(path)
@@ -303,9 +303,8 @@ def config_of(entries, source, video=False):
         return len({name.split(".")[0] for name in entries_under(prefix, entries)})
 
     channels, bits = width("encoder.conv_in"), width("encoder.conv_out")
-    widths = [width(f"encoder.down.{i}.block.0.conv1") for i in range(count("encoder.down."))]
+    multipliers = [width(f"encoder.down.{i}.block.0.conv1") // channels for i in range(count("encoder.down."))]
     try:
-        multipliers = tuple(width // channels for width in widths)
         return TokenizerConfig(channels, multipliers, count("encoder.down.0.block."), bits)
     except UserError as error:
         raise UserError(f"{source} holds no tokenizer: {error}") from None

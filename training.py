@@ -161,9 +161,8 @@ class Run:
     def _check_finite(self):
         step = int(self.rt.reduce([float(self.first_bad)], "max")[0])
         if step >= 0:
-            advice = "Lower --lr or use --precision bf16 or fp32, then run again to go on from there"
-            last = f"last good checkpoint: {self.checkpoint or 'none yet'}"
-            raise UserError(f"loss or weights became non-finite at step {step}; {last}. {advice}")
+            last = f"last good checkpoint: {self.checkpoint or 'none yet'}. Lower --lr or use --precision bf16 or fp32"
+            raise UserError(f"loss or weights became non-finite at step {step}; {last}, then run again to go on")
 
     def close(self):
         self.bar.close()
