@@ -246,9 +246,8 @@ class ARTransformer(nn.Module):
         class_labels: (B,) in 0..num_classes. Every option is a pair (pre, post): `cfg_scale`, where (1, 1) is no
         guidance and runs no null branch; `temperature` > 0; `top_k`, 0 is off; `top_p` in (0, 1], 1 is off. seeds: one
         integer an image (0..B-1 where None); an image is a function of its seed, class and options, not of its batch.
-        max_tokens: stop after so many (grid^2 where None). given: the images' first tokens, merged indices (B, n)
-        int64, n up to max_tokens, in raster order: they are kept, and the rest is drawn.
-        Returns merged indices (B, max_tokens) int64. Raises UserError for options out of range."""
+        max_tokens: stop after so many (None: grid^2). given: first tokens to keep, merged indices (B, n) int64, n up to
+        max_tokens. Returns merged indices (B, max_tokens) int64. Raises UserError for options out of range."""
         config, device = self.config, self.norm.weight.device
         tokens = config.grid**2 if max_tokens is None else max_tokens
         seeds = list(range(len(class_labels)) if seeds is None else seeds)

@@ -336,8 +336,7 @@ def _loader(pictures, entries, full, workers):
     for *arrays, unreadable in loader:
         if len(arrays[0]) < full:
             raise UserError(f"too many pictures in {pictures.source} cannot be read: {next(iter(unreadable.values()))}")
-        tensors = [torch.from_numpy(array) for array in arrays]
-        yield Batch(*(tensor.pin_memory() if pin else tensor for tensor in tensors), unreadable)
+        yield Batch(*(tensor.pin_memory() if pin else tensor for tensor in map(torch.from_numpy, arrays)), unreadable)
 
 
 def _begin_worker(worker):
@@ -391,7 +390,6 @@ def read_manifest(folder):
 
 class open_codes:
     """The readable pictures' codes of the complete cache in `folder`; UserError where it is none. Scans no codes.
-
     `len()`, `.labels` (int64 array), `.classes` (names), `.grid` (h, w) or (t, h, w), `.manifest`, `.identity` (hash of
     what decides the codes); `.codes`, memory map int32 (count, max(1, crops), h*w); `.rows`, the readable ones in it."""
 

@@ -82,10 +82,6 @@ class CodeWriter:
         """int32 (count,), as they stand on file."""
         return np.fromfile(self.folder / "labels.bin", np.int32)
 
-    def todo(self):
-        """Row numbers not yet encoded; unreadable ones are tried again. All ranks ask before any writes."""
-        return np.flatnonzero(self.labels() < 0)
-
     def write(self, indices, codes, labels):
         """Set whole rows: indices (b,), codes (b, max(1, crops), h*w), labels (b,), on the CPU. A label follows once
         its codes are on the disk: no kill or power cut leaves a row that looks done and is not."""
@@ -166,7 +162,7 @@ def main():
         rt.say(f"{args.out} is already complete: {len(pictures)} {kind}")
         return
     rt.place(tokenizer)
-    todo = writer.todo()
+    todo = np.flatnonzero(writer.labels() < 0)  # unreadable ones are tried again
     rt.say(f"device {rt.device.type} x {rt.world}, {args.precision}, {len(todo)} of {len(pictures)} {kind} to do")
     rt.barrier()  # all ranks share out the same list: none writes before all have read it
 

@@ -34,7 +34,6 @@ from runtime import UserError, at_least
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """FID, of features' means and covariances: the squared Frechet (2-Wasserstein) distance of two Gaussians,
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
-
     mu: (D,); sigma: (D, D), of any rank; arrays or tensors, in float64. Raises UserError for what is not finite."""
     mu1, sigma1, mu2, sigma2 = float64(mu1, sigma1, mu2, sigma2)
     if not all((array.abs() < 1e100).all() for array in (mu1, sigma1, mu2, sigma2)):
@@ -287,11 +286,9 @@ def measure(rt, picture_set, model, args):
     pictures, stats, pool, spatial = picture_set.pictures, picture_set.stats, [], []
     workers = args.workers if isinstance(pictures, PictureFolder) else 0  # an .npz needs no decoding
     for batch in readable_batches(rt, pictures, args.batch, workers):
-        features = model(batch.images.to(rt.device), args.convention)
-        pool.append(features[0].cpu())
-        spatial.append(features[1].cpu())
-    pool = gather_rows(rt, pool, 2048)
-    spatial = gather_rows(rt, spatial, 2023)
+        for parts, features in zip((pool, spatial), model(batch.images.to(rt.device), args.convention)):
+            parts.append(features.cpu())
+    pool, spatial = gather_rows(rt, pool, 2048), gather_rows(rt, spatial, 2023)
     if not rt.main:
         return
     words = f"{len(pool)} pictures {pictures.shape[1]}x{pictures.shape[0]}"
