@@ -62,7 +62,7 @@ TOKENIZER_SIZES = {
 }
 # Of a VideoTokenizer. video_128 is the released one. video_tiny, ours, is 64 wide: GroupNorm's 32 groups take away much of
 # the colours where each channel is one.
-VIDEO_SIZES = {"video_tiny": TokenizerConfig(32, (2, 2, 2), 1), "video_128": TokenizerConfig(128, (1, 2, 2, 4), 4)}
+VIDEO_SIZES = {"video_tiny": TokenizerConfig(32, (2, 2), 1), "video_128": TokenizerConfig(128, (1, 2, 2, 4), 4)}
 
 HUB = "https://huggingface.co/TencentARC"
 RELEASED_TOKENIZERS = {

@@ -45,7 +45,7 @@ PRESETS = {
     "tiny": TINY,
     "128_L": {**PAPER, "size": 128, "epochs": 350, "lr_drops": [250, 300], "lecam_weight": 0.01},
     "256_L": {**PAPER, "size": 256, "epochs": 270, "lr_drops": [200, 250], "lecam_weight": 0.05},
-    "video_tiny": {**TINY, "data": "moving-glyphs", "size": 24, "frames": 9},
+    "video_tiny": {**TINY, "data": "moving-glyphs", "size": 24, "frames": 5, "global_batch": 4, "micro_batch": 4},
     "video_128": VIDEO,
 }
 for name, preset in PRESETS.items():
