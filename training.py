@@ -78,10 +78,8 @@ class Run:
             rt.say(f"resumed {self.checkpoint} at step {self.step}")
         epoch_steps, self.total = run_length(args, settings["pictures"])
         accumulation = split_batch(args.global_batch, args.micro_batch, rt.world)
-        rt.say(f"{settings['pictures']} pictures, {epoch_steps} steps an epoch, {self.total} steps")
-        rt.say(
-            f"global batch {args.global_batch} = {rt.world} process(es) x {args.micro_batch} x {accumulation} passes"
-        )
+        batch = f"{args.global_batch} = {rt.world} process(es) x {args.micro_batch} x {accumulation} accumulated"
+        rt.say(f"{settings['pictures']} pictures, {epoch_steps} steps an epoch, {self.total} steps; batch {batch}")
         self.signal = StopSignal()
         # The first step whose loss or weights were not finite: on the device, without waiting for it.
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=rt.device)
