@@ -41,11 +41,13 @@ TINY |= {"lr_drops": [], "lpips": "none", "gan_weight": 0.0, "lecam_weight": 0.0
 VIDEO = {**PAPER, "data": "moving-glyphs", "size": 128, "frames": 17, "global_batch": 128, "micro_batch": 2}
 VIDEO |= {"epochs": 2000, "lr_drops": [], "warmup_epochs": 2, "cosine_to": 0.01}
 VIDEO |= {"gan_weight": 0.3, "lecam_weight": 0.05}
+VIDEO_TINY = {**TINY, "data": "moving-glyphs", "size": 24, "frames": 5, "global_batch": 4, "micro_batch": 4}
+VIDEO_TINY |= {"steps": 480, "eval_pictures": 200}
 PRESETS = {
     "tiny": TINY,
     "128_L": {**PAPER, "size": 128, "epochs": 350, "lr_drops": [250, 300], "lecam_weight": 0.01},
     "256_L": {**PAPER, "size": 256, "epochs": 270, "lr_drops": [200, 250], "lecam_weight": 0.05},
-    "video_tiny": {**TINY, "data": "moving-glyphs", "size": 24, "frames": 5, "global_batch": 4, "micro_batch": 4},
+    "video_tiny": VIDEO_TINY,
     "video_128": VIDEO,
 }
 for name, preset in PRESETS.items():
