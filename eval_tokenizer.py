@@ -207,6 +207,9 @@ def main():
     absent, perceptual = dict.fromkeys(["rFID", "rFVD", "rFVD published"], reason), {}
     perceptual["LPIPS VGG"], absent["LPIPS VGG"] = if_there(rt, load_lpips, "vgg", args.lpips_vgg)
     perceptual["LPIPS AlexNet"], absent["LPIPS AlexNet"] = if_there(rt, load_lpips, "alex", args.lpips_alex)
+    for name in perceptual:
+        if size and size < SMALLEST[name]:
+            perceptual[name], absent[name] = None, f"not computed (it needs {SMALLEST[name]} pixels a side)"
     perceptual = {name: lpips.to(rt.device) for name, lpips in perceptual.items() if lpips}
     network = network and network.to(rt.device)
     smallest = max(SMALLEST[name] for name in ["SSIM", *perceptual])

@@ -352,6 +352,16 @@ def test_originals_are_never_written_over(evaluate, files, tmp_path):
     assert line == f"eval_tokenizer.py: cannot read or write {tmp_path / 'file'}: File exists"
 
 
+@pytest.mark.parametrize(
+    "size, vgg, alex", [(14, False, False), (16, True, False), (30, True, False), (32, True, True)]
+)
+def test_crops_too_small_for_a_measure_leave_it_out(evaluate, files, size, vgg, alex):
+    flags = ["--lpips-vgg", files.folder / "vgg.pt", "--lpips-alex", files.folder / "alex.pt", "--size", size]
+    found = evaluate(*flags)
+    for name, there, least in (("LPIPS VGG", vgg, 16), ("LPIPS AlexNet", alex, 31)):
+        assert found[name] > 0 if there else found[name] == f"not computed (it needs {least} pixels a side)"
+
+
 def test_pictures_too_small_for_a_measure_are_named_and_counted(tmp_path, evaluate, files, monkeypatch):
     """Where one needs 7 pixels, 16 or 31, and the decoder two tokens."""
     flags = ["--data", tmp_path / "d", "--size", "original"]
