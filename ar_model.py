@@ -1,7 +1,7 @@
 """The autoregressive model of Open-MAGVIT2 (arXiv 2409.04410): a plain transformer over factorized tokens.
 
-A token of 2^18 codes is two sub-tokens, "pre" (6 bits) and "post" (12 bits). A causal transformer runs over the image's
-tokens in raster order (the spatial blocks); from each of its outputs a small one, over a sequence of two, predicts
+A token of 2^18 codes is two sub-tokens, "pre" (6 bits) and "post" (12 bits). A causal transformer runs over the tokens
+of an image, or a clip, in raster order (the spatial blocks); from each of its outputs a small one, over a sequence of two, predicts
 first the pre and then, given it, the post sub-token (the intra-token blocks).
 
     model, tokenizer = load_ar("B")                 # released name, released or own file, or run folder
@@ -10,7 +10,7 @@ first the pre and then, given it, the post sub-token (the intra-token blocks).
     indices = model.generate(class_labels, cfg_scale=(1.9, 2.0), seeds=range(B))
     images = tokenizer.decode(indices.view(B, 16, 16))
 
-Letters: B batch, N tokens (grid^2, or the first of them), d width, H heads, D head width, V vocabulary of a sub-token.
+Letters: B batch, N tokens (a whole grid's, or the first of them), d width, H heads, D head width, V vocabulary of a sub-token.
 `rows` are the sequences that run: B, or 2 B where guidance adds the null class's branch."""
 
 import dataclasses
@@ -30,26 +30,31 @@ from tokenizer import RELEASED_AR, entries_under, model_from_entries, own_tokeni
 
 @dataclasses.dataclass(frozen=True)
 class ARConfig:
-    """Size of an `ARTransformer`. `factorized_bits`: bits of the pre and post sub-tokens; `grid`: side of the token
-    grid; `dropout`: probability on the token sequence and on what attention and feed-forward add."""
+    """Size of an `ARTransformer`. `factorized_bits`: bits of the pre and post sub-tokens; `grid`: side of an image's token
+    grid, or a clip's (frames, rows, columns) of tokens; `dropout`: probability on the token sequence and on what
+    attention and feed-forward add."""
 
     width: int
     heads: int
     spatial_layers: int
     intra_layers: int
     factorized_bits: tuple = (6, 12)
-    grid: int = 16
+    grid: int | tuple = 16
     num_classes: int = 1000
     dropout: float = 0.1
 
     def __post_init__(self):
-        object.__setattr__(self, "factorized_bits", tuple(self.factorized_bits))  # JSON makes it a list
+        for name in ("factorized_bits", "grid"):  # JSON makes tuples lists
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         layers, bits = (self.spatial_layers, self.intra_layers), self.factorized_bits
-        sizes = (self.width, self.heads, self.num_classes, self.grid, *layers, *bits)
-        if not all(type(n) is int and 1 <= n <= 10**6 for n in sizes) or self.grid > 1024 or max(layers) > 200:
-            raise UserError(f"sizes must be whole numbers from 1, layers up to 200, the grid up to 1024: {self}")
-        if self.width % (4 * self.heads):  # rotation pairs, half of them for rows, half for columns
-            raise UserError(f"width {self.width} over {self.heads} heads: a head's width must be a whole multiple of 4")
+        sizes = (self.width, self.heads, self.num_classes, *self.shape, *layers, *bits)
+        if not all(type(n) is int and 1 <= n <= 10**6 for n in sizes) or self.tokens > 2**20 or max(layers) > 200:
+            raise UserError(f"sizes must be whole numbers from 1, layers up to 200, tokens up to 1024 x 1024: {self}")
+        unit = 4 if len(self.shape) == 2 else 16  # see `rotary_table`
+        if len(self.shape) not in (2, 3) or self.width % (unit * self.heads):
+            words = f"a head's width must be a whole multiple of {unit}, the grid a side or three numbers"
+            raise UserError(f"width {self.width} over {self.heads} heads: {words}")
         if len(bits) != 2 or sum(bits) > 30 or not 0 <= self.dropout < 1:
             raise UserError(f"factorized_bits must be two, 30 at most in all, dropout from 0 to below 1: {self}")
 
@@ -57,10 +62,21 @@ class ARConfig:
     def head_width(self):
         return self.width // self.heads
 
+    @property
+    def shape(self):
+        """(rows, columns) or (frames, rows, columns)."""
+        return self.grid if isinstance(self.grid, tuple) else (self.grid, self.grid)
 
-# B, L and XL are the paper's. tiny is ours, for tests and first runs on a CPU.
+    @property
+    def tokens(self):
+        return math.prod(self.shape)
+
+
+# B, L and XL are the paper's. The others are ours: tiny ones for tests and first runs on a CPU, and B for clips.
 AR_SIZES = {
     "tiny": ARConfig(width=192, heads=4, spatial_layers=4, intra_layers=1, grid=4),
+    "video_tiny": ARConfig(width=192, heads=4, spatial_layers=4, intra_layers=1, grid=(3, 12, 12)),
+    "video_B": ARConfig(width=1024, heads=16, spatial_layers=24, intra_layers=2, grid=(5, 16, 16), num_classes=101),
     "B": ARConfig(width=1024, heads=16, spatial_layers=24, intra_layers=2),
     "L": ARConfig(width=1280, heads=20, spatial_layers=36, intra_layers=3),
     "XL": ARConfig(width=1536, heads=24, spatial_layers=48, intra_layers=4),
@@ -75,14 +91,18 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
 
 
-def rotary_table(grid, head_width, device=None):
-    """cos and sin of the 2D rotary embedding, (2, grid^2 + 1, D/2) float32; grid place t stands at position t + 1.
-    The first D/4 rotation pairs turn by row * frequency, the others by column * frequency."""
-    half = head_width // 2
-    frequencies = 1 / 10000 ** (torch.arange(0, half, 2, device=device) / half)  # (D/4,): 1 / 10000^(2j / (D/2))
-    angles = torch.arange(grid, device=device)[:, None] * frequencies  # (grid, D/4)
-    by_row, by_column = angles[:, None].expand(-1, grid, -1), angles[None].expand(grid, -1, -1)
-    angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)  # (grid, grid, D/2) -> (grid^2, D/2)
+def rotary_table(shape, head_width, device=None):
+    """cos and sin of the rotary embedding of a grid (rows, columns) or (frames, rows, columns), (2, N + 1, D/2) float32;
+    token t stands at position t + 1. Of the D/2 rotation pairs the first turn by the token's place along the first
+    axis, and so on; the n pairs of an axis turn by place / 10000^(j/n), j = 0..n-1."""
+    shares = (4, 4) if len(shape) == 2 else (2, 3, 3)  # of D/2 pairs, in eighths: a half each, or a quarter for time
+    places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in shape))  # (N, axes), raster order
+    angles = []
+    for place, share in zip(places.unbind(-1), shares, strict=True):
+        pairs = head_width // 2 * share // 8
+        frequencies = 1 / 10000 ** (torch.arange(pairs, device=device) / pairs)
+        angles.append(place[:, None] * frequencies)  # (N, pairs)
+    angles = torch.cat(angles, dim=-1)  # (N, D/2)
     # Released weights: position 0 (the class) has cos = sin = 0, not angle 0, so its query and key vanish.
     return F.pad(torch.stack([angles.cos(), angles.sin()]), (0, 0, 1, 0))
 
@@ -205,17 +225,17 @@ class ARTransformer(nn.Module):
 
     def rotary(self):
         # Not a buffer, which .to(bfloat16) would round.
-        return rotary_table(self.config.grid, self.config.head_width, self.norm.weight.device)
+        return rotary_table(self.config.shape, self.config.head_width, self.norm.weight.device)
 
     def forward(self, sub_indices, class_labels):
         """Teacher forcing: logits of every token given its class, the tokens before it, and for post its pre.
-        sub_indices: pre and post, (B, N) integers each, N up to grid^2. class_labels: (B,) in 0..num_classes. Returns
+        sub_indices: pre and post, (B, N) integers each, N up to a grid's. class_labels: (B,) in 0..num_classes. Returns
         [logits_pre (B, N, V_pre), logits_post (B, N, V_post)]. In train mode classes and tokens drop out, drawn from
         torch's global generator. Raises UserError where N is larger than the grid."""
         pre, post = sub_indices
         batch, tokens = pre.shape
-        if tokens > self.config.grid**2:
-            raise UserError(f"{tokens} tokens do not fit this model's grid of {self.config.grid}x{self.config.grid}")
+        if tokens > self.config.tokens:
+            raise UserError(f"{tokens} tokens do not fit this model's grid of {'x'.join(map(str, self.config.shape))}")
         if self.training:
             dropped = torch.rand(batch, device=class_labels.device) < self.class_dropout
             class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
@@ -242,19 +262,19 @@ class ARTransformer(nn.Module):
         self, class_labels, cfg_scale=(1.0, 1.0), temperature=(1.0, 1.0), top_k=(0, 0), top_p=(1.0, 1.0),
         seeds=None, max_tokens=None, given=None,
     ):  # fmt: skip
-        """Draw images' tokens, with classifier-free guidance; always in eval mode.
+        """Draw the tokens of images, or clips, with classifier-free guidance; always in eval mode.
         class_labels: (B,) in 0..num_classes. Every option is a pair (pre, post): `cfg_scale`, where (1, 1) is no
         guidance and runs no null branch; `temperature` > 0; `top_k`, 0 is off; `top_p` in (0, 1], 1 is off. seeds: one
         integer an image (0..B-1 where None); an image is a function of its seed, class and options, not of its batch.
-        max_tokens: stop after so many (None: grid^2). given: first tokens to keep, merged indices (B, n) int64, n up to
+        max_tokens: stop after so many (None: the grid's). given: first tokens to keep, merged indices (B, n) int64, n up to
         max_tokens. Returns merged indices (B, max_tokens) int64. Raises UserError for options out of range."""
         config, device = self.config, self.norm.weight.device
-        tokens = config.grid**2 if max_tokens is None else max_tokens
+        tokens = config.tokens if max_tokens is None else max_tokens
         seeds = list(range(len(class_labels)) if seeds is None else seeds)
         if not len(seeds) == len(class_labels) > 0:
             raise UserError(f"{len(class_labels)} images need as many seeds, not {len(seeds)}, and at least one")
-        if not 1 <= tokens <= config.grid**2:
-            raise UserError(f"max_tokens must be 1 to {config.grid**2} (the grid), not {tokens}")
+        if not 1 <= tokens <= config.tokens:
+            raise UserError(f"max_tokens must be 1 to {config.tokens} (the grid), not {tokens}")
         lowest, highest = class_labels.aminmax()
         if lowest < 0 or highest > config.num_classes:
             raise UserError(f"class labels must be 0 to {config.num_classes} (no class), not {lowest} to {highest}")
@@ -267,7 +287,7 @@ class ARTransformer(nn.Module):
             raise UserError(f"given tokens must be int64 ({len(class_labels)}, up to {tokens}), 0 to {2**bits - 1}")
         # Draws are made in float64, which accelerators but CUDA's lack.
         dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-        uniforms = to_device(image_uniforms(seeds, config.grid**2).to(dtype), device)
+        uniforms = to_device(image_uniforms(seeds, config.tokens).to(dtype), device)
         labels = class_labels.to(device, non_blocking=True)
         given = torch.stack(split_indices(given.to(device), config.factorized_bits), dim=-1)  # (B, n, 2)
         if any(scale != 1 for scale in cfg_scale):  # one batch: the images' classes, then as many null classes
@@ -308,7 +328,7 @@ class SubTokenOptions(NamedTuple):
 @fast.path("decode.draw_tokens")
 def draw_tokens(model, labels, uniforms, options, tokens, given):
     """Draw B images' tokens, one after the other. Nothing in here waits for the device.
-    labels (rows,), uniforms (B, grid^2, 2), options: the two sub-tokens' `SubTokenOptions`; given: the first sub-tokens
+    labels (rows,), uniforms (B, the grid's N, 2), options: the two sub-tokens' `SubTokenOptions`; given: the first sub-tokens
     (B, n, 2). Returns the sub-tokens (B, tokens, 2) int64, and the two logits (rows, V) of the last token."""
     rotary, config, drawn = model.rotary(), model.config, []
     x = model.class_emb["embedding_table"](labels)[:, None]  # (rows, 1, d)

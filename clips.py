@@ -26,21 +26,22 @@ CONTAINERS = "avi,matroska,mov"  # FFmpeg goes by content, and would follow a pl
 CLIP, MOVING_GLYPH = 4, 5  # random streams; see data.py
 
 
-def open_clips(source, size, frames=17, train=False, seed=0, labelled=True):
+def open_clips(source, size, frames=17, train=False, seed=0, labelled=True, first=False):
     """Clips of `frames` consecutive frames of `size` x `size` pixels, as a map-style dataset; None: whole videos.
 
     source: built-in `moving-glyphs[:COUNT[:CLASSES]]`, or a folder with one folder a class, with these at any depth:
     videos, by their names (VIDEOS); animated pictures (ANIMATIONS), if the first such picture in a folder is animated;
     folders that hold still pictures and none of these, which are a video's frames, sorted by name.
     train: frames from a random one on, with a random crop, functions of (seed, epoch, index). Otherwise the frames in
-    the middle; the crop is random too, as published, but a function of (seed, index). moving-glyphs: other clips.
+    the middle, or the `first`; the crop is random too, as published, but a function of (seed, index). moving-glyphs:
+    other clips.
     labelled: as in `data.open_pictures`, which tells what is returned; but `.shape` is (T, S, S), of whole videos None,
     and `dataset[epoch, index]` is (uint8 tensor (3, T, S, S), label), and raises whatever PyAV and Pillow raise, and
     ValueError for too few frames. What is left of a cut-off file is read. As published, rotations are not applied."""
     assert size > 0 and (frames is None or frames > 0) and seed >= 0
     if str(source).split(":")[0] == "moving-glyphs":
         return MovingGlyphs(str(source), size, frames, train, seed)
-    return ClipFolder(source, size, frames, train, seed, labelled)
+    return ClipFolder(source, size, frames, train, seed, labelled, first)
 
 
 class ClipFolder(PictureFolder):
@@ -48,8 +49,8 @@ class ClipFolder(PictureFolder):
 
     kind, endings = "videos", " ".join([*VIDEOS, "animated", *ANIMATIONS, "or folders of frames"])
 
-    def __init__(self, source, size, frames, train, seed, labelled):
-        self.frames = frames
+    def __init__(self, source, size, frames, train, seed, labelled, first=False):
+        self.frames, self.first = frames, first
         super().__init__(source, size, train, seed, labelled)
         self.shape = frames and (frames, size, size)
 
@@ -71,7 +72,8 @@ class ClipFolder(PictureFolder):
         def chosen(count):  # numbers of the clip's frames, of the `count` that there are
             if count < self.frames:
                 raise ValueError(f"it has {count} frames, fewer than {self.frames}")
-            first = rng.integers(count - self.frames + 1) if self.train else count // 2 - self.frames // 2
+            middle = 0 if self.first else count // 2 - self.frames // 2
+            first = rng.integers(count - self.frames + 1) if self.train else middle
             return range(first, first + self.frames)
 
         frames = _read_frames(self.source / self.name(index), chosen if self.frames else range)
@@ -165,7 +167,7 @@ def _decoded(path, time=None):
 
 @contextlib.contextmanager
 def _opened_video(path):
-    av = _pyav()
+    av = pyav()
     with plain_file(path) as file:
         try:
             video = av.open(file, container_options={"format_whitelist": CONTAINERS}, metadata_errors="replace")
@@ -179,7 +181,7 @@ def _opened_video(path):
             yield video, stream
 
 
-def _pyav():
+def pyav():
     try:
         import av
     except ImportError:
@@ -193,7 +195,7 @@ def write_video(path, clip, fps=24):
     ending, (height, width) = os.path.splitext(path)[1].lower(), clip.shape[2:]
     if ending not in (".webp", ".gif", ".mp4"):
         raise UserError(f"{path} ends in none of .webp, .gif, .mp4, the videos that are written")
-    av, frames = ending == ".mp4" and _pyav(), [to_picture(frame) for frame in clip.unbind(1)]
+    av, frames = ending == ".mp4" and pyav(), [to_picture(frame) for frame in clip.unbind(1)]
     if av and (height % 2 or width % 2):
         raise UserError(f"{path} cannot be {width}x{height}: .mp4 takes even sides only, .webp any")
     with replacing(path) as file:

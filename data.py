@@ -65,9 +65,14 @@ def to_picture(image):
 
 def picture_grid(images, columns):
     """A PIL picture of a uint8 (N, 3, H, W) tensor on the CPU, row by row, two light pixels between neighbours."""
-    tiles = pad(images, (0, 2, 0, 2, 0, 0, 0, -len(images) % columns), value=230)  # (rows * columns, 3, H + 2, W + 2)
-    sheet = tiles.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-    return to_picture(sheet[:, :-2, :-2])
+    return to_picture(tile(images, columns))
+
+
+def tile(images, columns):
+    """The same as a tensor (3, H', W'); of clips (N, 3, T, H, W) a clip (3, T, H', W')."""
+    between = (0, 2, 0, 2, *[0] * (2 * images.ndim - 5), -len(images) % columns)
+    tiles = pad(images, between, value=230).unflatten(0, (-1, columns))  # (rows, columns, 3, [T,] H + 2, W + 2)
+    return tiles.movedim((0, 1), (-4, -2)).flatten(-2).flatten(-3, -2)[..., :-2, :-2]
 
 
 def open_pictures(source, size, train, seed=0, labelled=True):

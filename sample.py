@@ -1,16 +1,19 @@
-"""Class labels to pictures: a grid to look at, a folder of PNGs, or the .npz that the ADM evaluator reads.
+"""Class labels to pictures or clips: a grid to look at, a folder of them, or an .npz (for pictures ADM's).
 
     python sample.py --model runs/ar --out samples.png                 # a class a row, 8 pictures each
     python sample.py --model B --classes 207,88,985 --out samples.png
     torchrun --nproc_per_node=8 sample.py --model B --out samples.npz  # 50,000 pictures, the paper's settings
     python sample.py --model B --given photos --out completed.png      # keeps their upper halves, draws the lower ones
+    python sample.py --model runs/video --given videos --frames 65 --out clips.webp    # goes on from their first frames
 
-The kind of output follows from --out: `.png`, `.npz`, or else a folder. With K classes and M given pictures, picture i
-shows class i % K, goes on from given picture i // K % M, and is a function of --seed and i, whatever the number of
-processes. After a stop, the same command makes what is missing. Settings are saved too: FOLDER/config.json, OUT.json.
+The kind of output follows from --out: `.png` (of clips `.webp`, `.gif`, `.mp4`), `.npz`, or else a folder. With K classes
+and M given pictures, picture i shows class i % K, goes on from given picture i // K % M, and is a function of --seed and
+i, whatever the number of processes. After a stop, the same command makes what is missing. Settings are saved too: FOLDER/config.json, OUT.json.
 As in Open-MAGVIT2 (arXiv 2409.04410), classifier-free guidance has a scale for each sub-token."""
 
+import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -28,7 +31,8 @@ from tqdm import tqdm
 import runtime
 from ar_model import AR_SIZES, RELEASED_AR, load_ar
 from checkpoint import changed_settings, hash_of, locate
-from data import identity, open_pictures, picture_grid, read_batch, to_float, to_uint8
+from clips import open_clips, pyav, write_video
+from data import identity, open_pictures, read_batch, tile, to_float, to_picture, to_uint8
 from page import write_page
 from runtime import UserError, at_least
 from tokenizer import RELEASED, load_tokenizer
@@ -45,6 +49,7 @@ PRESETS = {
 }
 PAPER_SIZES = {AR_SIZES[size].width: size for size in ("L", "XL")}  # a width's preset; of any other width: B
 BATCH = 200  # on an accelerator; a picture takes half the time that it takes among 50 there (B)
+ANIMATED = (".webp", ".gif", ".mp4")  # grids of clips
 
 
 def parse(argv=None):
@@ -55,9 +60,14 @@ def parse(argv=None):
     add = arguments.add_argument_group("what").add_argument
     add("--model", required=True, help="transformer: a file, a run folder, emoji (in here), or B, L, XL (downloaded)")
     add("--tokenizer", help="a file, a run folder or a released name; default: the one in the model's file")
-    add("--given", help="pictures to go on from: a folder, or glyphs[:COUNT[:CLASSES]]; in a grid, a column each")
+    add("--given", help="pictures, or videos, to go on from: a folder or built-in ones; in a grid, a column each")
     add("--given-rows", type=at_least(1), help="upper rows of their tokens to keep; default: half of them")
-    add("--out", required=True, help="X.png: a grid, a class a row; X.npz: uint8 (N, H, W, 3); or a folder")
+    add("--given-frames", type=at_least(1), help="first frames of videos to keep; default: half of a clip's tokens")
+    longer = (
+        "of a clip; default: the model's. Past them, each window begins with the last frame of the one before, encoded"
+    )
+    add("--frames", type=at_least(1), help=longer)
+    add("--out", required=True, help=f"a grid, a class a row: .png, of clips {', '.join(ANIMATED)}; .npz; or a folder")
     add("--classes", help="`all`, or names or numbers (names go first), with commas; default: all, or 10 in a grid")
     add("--html", nargs="?", const="", metavar="PAGE", help="show them on a page too; default: OUT.html")
     add = arguments.add_argument_group("how many").add_mutually_exclusive_group().add_argument
@@ -72,7 +82,7 @@ def parse(argv=None):
     add("--top-p", type=at_least(1e-30, float, 1), **pair, help="draw from the likeliest that sum up to p; 1 is off")
     add("--seed", type=at_least(0), default=0, help="another number gives other pictures")
     add = arguments.add_argument_group("how").add_argument
-    add("--batch", type=at_least(1), help=f"pictures at a time on a device; default: {BATCH}, on a CPU 50")
+    add("--batch", type=at_least(1), help=f"pictures at a time on a device; default: {BATCH}, on a CPU 50, of clips 16")
     add("--precision", help="bf16, fp16 or fp32; default: bf16 on an accelerator, fp32 on a CPU")
     add("--rounding", action="store_true", help="round to grey levels; published numbers truncate")
     return arguments.parse_args(argv)
@@ -87,28 +97,41 @@ def main():
     names = model.class_names or list(map(str, range(model.config.num_classes)))
 
     # What the flags leave open follows from the kind of output.
-    grid, side = kind == "grid", model.config.grid * tokenizer.factor
+    grid, shape, video = kind == "grid", model.config.shape, isinstance(tokenizer, VideoTokenizer)
+    if (grid and video != (out.suffix.lower() in ANIMATED)) or (video and args.html is not None):
+        ways = f"clips, for --out {', '.join(ANIMATED)}, .npz or a folder" if video else "pictures, for --out .png"
+        raise UserError(f"{files['model']} draws {ways}{', without --html' * video}")
+    if grid and out.suffix.lower() == ".mp4":
+        pyav()
     ours = os.path.realpath(files["model"]) == os.path.realpath(RELEASED_AR["emoji"])
     preset = args.preset or ("emoji" if ours else "show" if grid else "paper")
     defaults = PRESETS[PAPER_SIZES.get(model.config.width, "B") if preset == "paper" else preset]
     options = {name: getattr(args, name) or pair for name, pair in defaults.items()}
     classes = choose_classes(args.classes, model.class_names, len(names), spread=grid)
-    photos = open_pictures(args.given, side, train=False, labelled=False) if args.given else []
+    size = [shape[-1] * tokenizer.factor] * 2
+    if video:
+        window = 1 + (shape[0] - 1) * tokenizer.time_factor
+        size = [args.frames or window, *size]
+        if size[0] > window == 1:
+            raise UserError(f"--frames {size[0]}: this model draws single frames, and goes on from none")
+    elif args.frames:
+        raise UserError("--frames is of clips, and this model draws pictures")
+    if not args.given and (args.given_rows or args.given_frames):
+        raise UserError("--given-rows and --given-frames go with --given")
+    photos, kept = open_given(args, tokenizer, shape) if args.given else ([], 0)
     count = args.count or (args.per_class or len(photos) or (8 if grid else 50)) * len(classes)
-    rows = (args.given_rows or max(1, model.config.grid // 2)) if args.given else 0
-    if rows > model.config.grid or (args.given_rows and not args.given):
-        raise UserError(f"--given-rows goes with --given, up to {model.config.grid}, the rows of this model's tokens")
-    batch_size = args.batch or (50 if rt.device.type == "cpu" else BATCH)
+    batch_size = args.batch or (16 if video else 50 if rt.device.type == "cpu" else BATCH)
     chosen = f"all {len(names)}" if classes == list(range(len(names))) else ",".join(map(str, classes))
-    settings = {**files, "classes": chosen, "count": count, "size": f"{side}x{side}"}
+    settings = {**files, "classes": chosen, "count": count, "size": "x".join(map(str, size))}
     settings |= {name: list(pair) for name, pair in options.items()}
     settings |= {"seed": args.seed, "batch": batch_size, "precision": precision, "rounding": args.rounding}
-    settings |= {"given": args.given, "given_hash": args.given and identity(photos), "given_rows": rows}
+    settings |= {"given": args.given, "given_hash": args.given and identity(photos)}
+    settings |= {"given_frames": photos.shape[0] if photos else 0} if video else {"given_rows": kept}
     work = out if kind == "folder" else Path(f"{out}.parts")  # each batch goes there as soon as it is made
     if rt.main:
         refuse_others(work, settings)
-    needed = min(len(photos), (count - 1) // len(classes) + 1)
-    given = encode_given(rt, tokenizer, photos, needed, rows) if args.given else torch.zeros(1, 0, dtype=torch.int64)
+    needed, kept = min(len(photos), (count - 1) // len(classes) + 1), kept * math.prod(shape[1:])
+    given = encode_given(rt, tokenizer, photos, needed, kept) if args.given else torch.zeros(1, 0, dtype=torch.int64)
     runtime.open_run(rt, work, settings)
 
     # Batches, shared out over ranks. They are the same whatever the number of ranks, so that rounding is too.
@@ -119,9 +142,10 @@ def main():
     def files_of(batch):
         if kind != "folder":
             return [work / f"{batch[0]:06d}-{batch[-1]:06d}.npy"]
-        return [work / f"{i:06d}_{plain[labels[i]]}.png" for i in batch]
+        return [work / f"{i:06d}_{plain[labels[i]]}.{'webp' if video else 'png'}" for i in batch]
 
     todo = [batch for batch in batches[rt.rank :: rt.world] if not all(file.exists() for file in files_of(batch))]
+    draw_batch = functools.partial(draw, rt, model, tokenizer, options, precision, args.rounding, size[:-2])
     rt.barrier()
     started = time.perf_counter()
     # While the device makes a batch, a thread writes the one before; nothing here waits for the device but that thread.
@@ -130,11 +154,8 @@ def main():
         for batch in tqdm(todo, unit="batch", disable=None if rt.main else True, dynamic_ncols=True):
             seeds = [runtime.seed_of(args.seed, i) for i in batch]
             first_tokens = given[[i // len(classes) % len(given) for i in batch]]
-            batch_labels = torch.tensor([labels[i] for i in batch])
-            with torch.no_grad(), runtime.autocast(rt.device, precision):
-                indices = model.generate(batch_labels, **options, seeds=seeds, given=first_tokens)  # (B, N)
-                images = tokenizer.decode(indices.unflatten(1, (model.config.grid, -1)))  # (B, 3, H, W)
-            pictures = to_uint8(images, args.rounding).movedim(1, -1).to("cpu", non_blocking=True)  # (B, H, W, 3)
+            pictures = draw_batch(torch.tensor([labels[i] for i in batch]), seeds, first_tokens)
+            pictures = pictures.movedim(1, -1).to("cpu", non_blocking=True)  # (B, [T,] H, W, 3)
             copied = torch.get_device_module(rt.device).Event()  # torch.Event: not with every torch_npu
             copied.record()
             writing.result()
@@ -156,25 +177,55 @@ def main():
             write_grid(out, parts, count, rows=len(classes))
             rt.say("rows: " + ", ".join(names[label] for label in classes))
         else:
-            write_npz(out, parts, (count, side, side, 3))
+            write_npz(out, parts, (count, *size, 3))
         runtime.write_json(f"{out}.json", settings)
         shutil.rmtree(work)
+    kinds, unit = ("clips", "clips") if video else ("pictures", "images")
     again = f" ({count - made:.0f} were there already)" if made < count else ""
-    rt.say(f"made {made:.0f} pictures in {seconds:.1f} s ({made / seconds:.2f} images/s){again}: {out}")
+    rt.say(f"made {made:.0f} {kinds} in {seconds:.1f} s ({made / seconds:.2f} {unit}/s){again}: {out}")
     rt.barrier()
 
 
 @torch.no_grad()
-def encode_given(rt, tokenizer, photos, count, rows):
-    """Tokens (count, rows * w) of the upper rows of the first `count` photos, on the CPU; ranks share the work out."""
-    tokens, failure = torch.zeros(count, rows * photos.shape[1] // tokenizer.factor, dtype=torch.int64), None
+def draw(rt, model, tokenizer, options, precision, rounding, frames, labels, seeds, given):
+    """uint8 pictures (B, 3, H, W), or, where `frames` is [T], clips (B, 3, T, H, W). labels (B,); given: first tokens."""
+    with runtime.autocast(rt.device, precision):
+        indices = model.generate(labels, **options, seeds=seeds, given=given)  # (B, N)
+        pictures = to_uint8(tokenizer.decode(indices.unflatten(1, model.config.shape)), rounding)
+    if not frames or pictures.shape[2] >= frames[0]:
+        return pictures[:, :, : frames[0]] if frames else pictures
+    # The last frame, as it is shown, encoded alone, is the first latent frame of the clip that follows.
+    given = torch.cat([tokenizer.encode(to_float(clip[None, :, -1:])).flatten(1) for clip in pictures])
+    seeds, left = [runtime.seed_of(seed, 1) for seed in seeds], frames[0] - pictures.shape[2] + 1
+    following = draw(rt, model, tokenizer, options, precision, rounding, [left], labels, seeds, given)
+    return torch.cat([pictures, following[:, :, 1:]], 2)
+
+
+def open_given(args, tokenizer, shape):
+    """(the pictures or clips of --given, how many rows, or latent frames, of each one's tokens are kept)."""
+    video, side = len(shape) == 3, shape[-1] * tokenizer.factor
+    flag, unit = ("--given-frames", tokenizer.time_factor) if video else ("--given-rows", 1)
+    value, other = (args.given_frames, args.given_rows)[:: 1 if video else -1]
+    kept = math.ceil((value - 1) / unit) + 1 if value else max(1, shape[0] // 2)
+    if other or kept > shape[0] or (value and (value - 1) % unit):
+        allowed = ", ".join(str(1 + unit * i) for i in range(shape[0]))
+        raise UserError(f"this model's --given is cut by {flag}, one of {allowed}")
+    if video:
+        return open_clips(args.given, side, 1 + (kept - 1) * unit, labelled=False, first=True), kept
+    return open_pictures(args.given, side, train=False, labelled=False), kept
+
+
+@torch.no_grad()
+def encode_given(rt, tokenizer, photos, count, kept):
+    """The first `kept` tokens of the first `count` photos, or clips, on the CPU; ranks share the work out."""
+    tokens, failure = torch.zeros(count, kept, dtype=torch.int64), None
     for index in range(rt.rank, count, rt.world):
         # One by one: in batches that depend on the number of ranks, rounding might turn a code.
         images, _, _, unreadable = read_batch(photos, [(0, index)])
         if unreadable:
             failure = f"{photos.name(index)} of --given {photos.source} cannot be read: {unreadable[index]}"
             break
-        tokens[index] = tokenizer.encode(to_float(torch.from_numpy(images).to(rt.device)))[0, :rows].flatten()
+        tokens[index] = tokenizer.encode(to_float(torch.from_numpy(images).to(rt.device))).flatten()[:kept]
     if failure := next(filter(None, rt.gather(failure)), None):
         raise UserError(failure)
     return rt.reduce(tokens)  # the sum: where one rank has a picture's tokens, the others have zeros
@@ -191,8 +242,8 @@ def load_models(rt, args):
     advice = "name the one it was trained with: --tokenizer PATH_OR_NAME"
     if tokenizer is None:
         raise UserError(f"{path} carries no tokenizer; {advice}")
-    if isinstance(tokenizer, VideoTokenizer):
-        raise UserError(f"{tokenizer_path} is a tokenizer of videos; {advice}")
+    if isinstance(tokenizer, VideoTokenizer) != (len(model.config.shape) == 3):
+        raise UserError(f"of {path} and {tokenizer_path} one is of videos, the other of images; {advice}")
     bits, model_bits = tokenizer.config.bits, sum(model.config.factorized_bits)
     if bits != model_bits:
         raise UserError(f"tokens of {tokenizer_path} have {bits} bits, those of {path} {model_bits}; {advice}")
@@ -206,8 +257,8 @@ def load_models(rt, args):
 def output(text):
     """(path, "grid" | "npz" | "folder") meant by --out."""
     out = Path(text)
-    kind = {".png": "grid", ".npz": "npz"}.get(out.suffix.lower(), "folder")
-    if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip"):
+    kind = {".npz": "npz", **dict.fromkeys([".png", *ANIMATED], "grid")}.get(out.suffix.lower(), "folder")
+    if out.suffix.lower() in (".jpg", ".jpeg", ".npy", ".zip"):
         raise UserError(f"--out {text}: give a name ending in .png or .npz, or a folder")
     if out.exists() and out.is_dir() != (kind == "folder"):
         raise UserError(f"--out {text} is a {'folder' if out.is_dir() else 'file'}; give another name")
@@ -252,9 +303,13 @@ def refuse_others(work, settings):
 
 
 def store(files, pictures, copied):
-    """Write uint8 pictures (B, H, W, 3), once they are `copied` (an event): to one .npy, or each to its .png."""
+    """Write uint8 pictures (B, H, W, 3), or clips (B, T, H, W, 3), once they are `copied` (an event): to one .npy, or
+    each to its .png or .webp."""
 
     def save(path, array):
+        if path.suffix == ".webp":
+            write_video(path, torch.from_numpy(array).movedim(-1, 0))
+            return
         with runtime.replacing(path) as file:
             if path.suffix == ".npy":
                 np.save(file, array)
@@ -262,18 +317,21 @@ def store(files, pictures, copied):
                 Image.fromarray(array).save(file, "PNG", compress_level=1)
 
     copied.synchronize()
-    arrays = pictures.numpy() if files[0].suffix == ".png" else [pictures.numpy()]
+    arrays = [pictures.numpy()] if files[0].suffix == ".npy" else pictures.numpy()
     with ThreadPoolExecutor() as pool:
         list(pool.map(save, files, arrays))
 
 
 def write_grid(out, parts, count, rows):
-    """One picture: a row a class, a column a sample, the rest of the last column empty."""
+    """One picture, or video: a row a class, a column a sample, the rest of the last column empty."""
     pictures = [np.load(part) for part in parts]
     empty = np.full((-count % rows, *pictures[0].shape[1:]), 230, np.uint8)
     sheet = torch.from_numpy(np.concatenate([*pictures, empty])).unflatten(0, (-1, rows))  # picture i: row i % rows
+    sheet = tile(sheet.transpose(0, 1).flatten(0, 1).movedim(-1, 1), columns=len(sheet))  # (3, [T,] H, W)
+    if sheet.ndim == 4:
+        return write_video(out, sheet)
     with runtime.replacing(out) as file:
-        picture_grid(sheet.transpose(0, 1).flatten(0, 1).movedim(-1, 1), columns=len(sheet)).save(file, "PNG")
+        to_picture(sheet).save(file, "PNG")
 
 
 def write_npz(out, parts, shape):

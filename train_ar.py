@@ -5,7 +5,7 @@
 
 The codes come from encode.py, with the tokenizer that made them. What comes out, under --out: config.json, log.jsonl,
 step_XXXXXXXX.pt (the last two; everything a resume needs, and, carrying the tokenizer, all that sample.py needs),
-samples/step_XXXXXXXX.png (one class a row). Running the same command again goes on from the newest checkpoint."""
+samples/step_XXXXXXXX.png (one class a row; of clips .webp). Running the same command again goes on from the newest checkpoint."""
 
 import functools
 import math
@@ -29,7 +29,11 @@ from tokenizer import load_tokenizer
 # The paper's settings for B, L and XL. tiny is ours, for a CPU.
 PAPER = {"global_batch": 768, "micro_batch": 24, "lr": 3e-4, "epochs": 300, "warmup_epochs": 6, "steps": 0}
 TINY = {"global_batch": 64, "micro_batch": 64, "lr": 1.5e-3, "epochs": 0, "warmup_epochs": 0.5, "steps": 470}
+# Ours, of clips. video_B is for UCF-101, in steps of as many tokens as B's; nobody has trained it.
+VIDEO_TINY = {**TINY, "global_batch": 32, "micro_batch": 32}
+VIDEO_B = {**PAPER, "global_batch": 128, "micro_batch": 16, "epochs": 1000, "warmup_epochs": 20}
 PRESETS = {"tiny": TINY, "B": PAPER, "L": PAPER, "XL": {**PAPER, "lr": 2.4e-4, "epochs": 350, "warmup_epochs": 7}}
+PRESETS |= {"video_tiny": VIDEO_TINY, "video_B": VIDEO_B}
 SIZE_FLAGS = ("width", "heads", "spatial_layers", "intra_layers", "dropout")
 for name, preset in PRESETS.items():
     PRESETS[name] = {**preset, **{flag: getattr(AR_SIZES[name], flag) for flag in SIZE_FLAGS}}
@@ -46,7 +50,7 @@ def parse(argv=None):
     add("--val-codes", help="code cache for the validation loss; none: not computed")
     add("--seed", type=at_least(0), default=0, help="of initialisation, order, crops, dropout")
     add = arguments.add_argument_group("model").add_argument
-    add("--preset", default="tiny", help="size and settings: tiny, B, L or XL; the flags below override it")
+    add("--preset", default="tiny", help=f"size and settings: {', '.join(PRESETS)}; the flags below override it")
     add("--init", help="fine-tune: begin with the weights of a released name, a file or a run's folder, at their sizes")
     add("--width", type=int, help="model width d")
     add("--heads", type=int, help="attention heads")
@@ -67,8 +71,6 @@ def parse(argv=None):
 def open_caches(args):
     """(training codes, validation codes or None, the tokenizer that made both)."""
     codes, path = data.open_codes(args.codes), Path(args.codes) / "tokenizer.pt"
-    if len(codes.grid) > 2:
-        raise UserError(f"{args.codes} holds codes of clips, and train_ar.py takes those of pictures only")
     tokenizer = load_tokenizer(path)
     if hash_of(tokenizer.state_dict()) != codes.manifest["tokenizer_hash"]:
         raise UserError(f"{path} is not the tokenizer that made these codes; encode {args.codes} again")
@@ -137,7 +139,8 @@ def main():
     runtime.seed_everything(args.seed)
     size = {flag: getattr(args, flag) for flag in SIZE_FLAGS}
     bits = (args.pre_bits, tokenizer.config.bits - args.pre_bits)
-    config = ARConfig(**size, factorized_bits=bits, grid=codes.grid[0], num_classes=len(codes.classes))
+    grid = codes.grid if len(codes.grid) == 3 else codes.grid[0]
+    config = ARConfig(**size, factorized_bits=bits, grid=grid, num_classes=len(codes.classes))
     model, loss_terms = ARTransformer(config), cross_entropies
     if init:
         init_hash = hash_of(entries := init.state_dict())
@@ -192,7 +195,7 @@ def main():
                 run.note(val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)
             drawing = unsharded(rt, model)
             if rt.main:
-                run.save_picture(draw_samples(rt, drawing, tokenizer, args))
+                run.save_samples(draw_samples(rt, drawing, tokenizer, args), columns=4)
         rt.barrier()
         model.train()
 
@@ -258,16 +261,17 @@ def validation_losses(rt, model, codes, args):
 
 @torch.no_grad()
 def draw_samples(rt, model, tokenizer, args):
-    """A PIL picture of up to 8 classes, a row of 4 samples each, drawn as sample.py would for showing."""
-    grid, classes = model.config.grid, model.config.num_classes
+    """uint8 pictures, or clips, of up to 8 classes, 4 samples each, drawn as sample.py would for showing."""
+    classes = model.config.num_classes
     labels = torch.linspace(0, classes - 1, min(8, classes)).long().repeat_interleave(4).to(rt.device)
     rt.place(tokenizer)
     with runtime.autocast(rt.device, args.precision):
         indices = model.generate(labels, (4.0, 4.0), (1.0, 1.0), (0, 0), (0.96, 0.96), list(range(len(labels))))
-        images = tokenizer.decode(indices.unflatten(1, (grid, grid)))
-    fast.forget(model)  # training needs the memory
+        fast.forget(model)  # decoding and training need the memory
+        parts = indices.unflatten(1, model.config.shape).split(4)
+        images = torch.cat([data.to_uint8(tokenizer.decode(part)).cpu() for part in parts])
     tokenizer.cpu()
-    return data.picture_grid(data.to_uint8(images).cpu(), columns=4)
+    return images
 
 
 if __name__ == "__main__":

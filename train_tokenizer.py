@@ -25,7 +25,7 @@ import losses
 import runtime
 import training
 from checkpoint import hash_of, locate
-from clips import open_clips, write_video
+from clips import open_clips
 from fast.graphs import Gradients, Graphs
 from runtime import UserError, at_least
 from tokenizer import RELEASED, TOKENIZER_SIZES, VIDEO_SIZES, Tokenizer, TokenizerConfig, load_tokenizer
@@ -304,14 +304,7 @@ def measure(rt, run, tokenizer, pictures, args):
         number += len(psnr)
         seen[indices.flatten().cpu()] = 1
     if rt.main and shown is not None:
-        columns = len(shown) // 2
-        if args.frames:
-            clip = shown.unflatten(0, (2, -1)).permute(2, 3, 0, 4, 1, 5)  # (2 n, 3, T, S, S) -> (3, T, 2, S, n, S)
-            clip = clip.flatten(4, 5).flatten(2, 3)  # (3, T, 2 S, n S)
-            shown, columns = clip[:, :: tokenizer.time_factor].transpose(0, 1), 1  # (t, 3, 2 S, n S)
-        run.save_picture(data.picture_grid(shown, columns))
-        if args.frames:
-            write_video(run.folder / "samples" / f"step_{run.step:08d}.webp", clip)
+        run.save_samples(shown, columns=len(shown) // 2)
     total, number, unreadable = rt.reduce([total, number, bad.count])
     bad.check(unreadable, max(count, 100) / len(pictures))  # a single one among few stops no training
     return {"val_psnr": total / max(number, 1), "val_codebook_use": int(rt.reduce(seen, "max").sum()) / len(seen)}

@@ -21,6 +21,8 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import changed_settings, load_latest, restore, save_checkpoint
+from clips import write_video
+from data import tile, to_picture
 from runtime import StopSignal, UserError, at_least, open_run, reading, replacing, split_batch
 
 
@@ -143,12 +145,17 @@ class Run:
             self.checkpoint = save_checkpoint(self.folder, state, keep_every=self.args.keep_every)
         self.checkpoint = self.rt.share(self.checkpoint)
 
-    def save_picture(self, picture):
-        """Write this step's PIL picture, on one process."""
+    def save_samples(self, images, columns):
+        """Write this step's uint8 pictures (N, 3, H, W) as one .png, on one process; clips (N, 3, T, H, W) as one .webp,
+        and their first, middle and last frames as a .png."""
         path = self.folder / "samples" / f"step_{self.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
+        sheet = tile(images, columns)  # (3, [T,] H, W)
+        if sheet.ndim == 4:
+            write_video(path.with_suffix(".webp"), sheet)
+            sheet = tile(sheet[:, [0, sheet.shape[1] // 2, -1]].movedim(1, 0), columns=1)
         with replacing(path) as file:
-            picture.save(file, "PNG")
+            to_picture(sheet).save(file, "PNG")
 
     def _watch(self, *tensors):
         for tensor in tensors:  # of a sharded one this rank's part; `_check_finite` asks all ranks

@@ -170,7 +170,7 @@ class Decoder:
         self.embeddings, self.class_table = [model.pre_emb.weight, model.post_emb.weight], model.class_emb
         self.norm, self.head = model.norm, model.head
         self.images, self.options, self.dtype, self.key = images, options, dtype, key
-        self.guide, self.length = rows > images, config.grid**2
+        self.guide, self.length = rows > images, config.tokens
 
         def empty(*shape, dtype=dtype):
             return torch.zeros(shape, dtype=dtype, device=device)

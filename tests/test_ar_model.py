@@ -175,7 +175,7 @@ def test_config():
 
 def test_rotary_table():
     """Against the rotation written out for one place: row 2, column 3 of a 5x5 grid, head width 8."""
-    cos, sin = ar_model.rotary_table(5, 8)
+    cos, sin = ar_model.rotary_table((5, 5), 8)
     assert cos.shape == (26, 4)
     assert torch.equal(cos[0], torch.zeros(4)) and torch.equal(sin[0], torch.zeros(4))
     angles = [2 * 1.0, 2 * 0.01, 3 * 1.0, 3 * 0.01]  # frequencies 10000^-(0/4) and 10000^-(2/4)

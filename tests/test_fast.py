@@ -120,7 +120,7 @@ CASES = {  # path -> (arguments of each case, tolerances in float32 and in bfloa
     ),
     "attention.causal": (
         [
-            lambda r=r, h=h, d=d, g=g, n=n: (leaf(r, n, 3 * h * d), rotary_table(g, d, GPU)[:, :n].contiguous(), h)
+            lambda r=r, h=h, d=d, g=g, n=n: (leaf(r, n, 3 * h * d), rotary_table((g, g), d, GPU)[:, :n].contiguous(), h)
             for r, h, d, g, n in HEADS
         ],
         *(2e-6, 6e-3),
@@ -207,7 +207,7 @@ def test_causal_attention(rows, heads, width, grid, tokens, dtype, tolerance):
     """Against the formula, with rotations as products of complex numbers."""
     torch.manual_seed(0)
     qkv = torch.randn(rows, tokens, 3 * heads * width, device=GPU).to(dtype).requires_grad_()
-    table = rotary_table(grid, width, GPU)[:, :tokens].contiguous()
+    table = rotary_table((grid, grid), width, GPU)[:, :tokens].contiguous()
     out = ar_model.causal_attention(qkv, table, heads)
     to_out = torch.randn_like(out)
     (ours,) = torch.autograd.grad(out, qkv, to_out)

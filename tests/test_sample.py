@@ -350,7 +350,7 @@ def test_a_run_goes_on_from_the_same_given_pictures_only(files, photos, tmp_path
     for change, words in (
         (["--given", others], "given of other contents"),
         (["--given", folder, "--given-rows", 1], "--given-rows was 2, is 1"),
-        (["--given", folder, "--given-rows", 5], "--given-rows goes with --given, up to 4, the rows"),
+        (["--given", folder, "--given-rows", 5], "--given is cut by --given-rows, one of 1, 2, 3, 4$"),
         ([], "--given-rows was 2, is 0"),
     ):
         with pytest.raises(UserError, match=words):
@@ -471,13 +471,16 @@ def test_options_out_of_range(flags, word, monkeypatch, capsys):
         (["--classes", "-1"], "unknown class '-1'"),
         (["--model", "bare"], "bare.pt carries no tokenizer"),
         (["--tokenizer", "10bits"], "have 10 bits, those of .* 18"),
-        (["--tokenizer", "video"], "video.pt is a tokenizer of videos; name the one it was trained with"),
+        (["--tokenizer", "video"], "video.pt one is of videos, the other of images; name the one it was trained with"),
         (["--model", "tokenizer"], "is a tokenizer file"),
         (["--tokenizer", "bare"], "no tokenizer"),
         (["--model", "nowhere.pt"], "no file or folder nowhere.pt; released names: B, L, XL"),
         (["--out", "x.jpg"], "ending in .png or .npz"),
         (["--precision", "int8"], "unknown precision 'int8'"),
-        (["--given-rows", "2"], "--given-rows goes with --given, up to 4, the rows"),
+        (["--given-rows", "2"], "--given-rows and --given-frames go with --given"),
+        (["--given", "glyphs:3", "--given-frames", "1"], "--given is cut by --given-rows, one of 1, 2, 3, 4"),
+        (["--frames", "5"], "--frames is of clips, and this model draws pictures"),
+        (["--out", "x.webp"], "whole.pt draws pictures, for --out .png"),
         (["--given", "glyphs:3"], "glyphs need an image size of at least 16, not 8"),
         (["--given", "nowhere"], "no picture folder nowhere that can be read"),
         (["--given", "."], "holds no pictures"),
@@ -506,7 +509,8 @@ def test_an_error_is_one_line_and_exit_code_2(files, tmp_path):
 
 
 def test_output_kinds(tmp_path):
-    assert [sample.output(name)[1] for name in ("a.png", "b.NPZ", "c", "d.v2")] == ["grid", "npz", "folder", "folder"]
+    kinds = [sample.output(name)[1] for name in ("a.png", "b.NPZ", "c", "d.v2", "e.WebP")]
+    assert kinds == ["grid", "npz", "folder", "folder", "grid"]
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     for name in ("file", "folder.png"):

@@ -40,23 +40,24 @@ def without(state, *names):
 
 
 def test_what_a_run_leaves(whole):
-    """Originals above reconstructions: all frames in the animation, those of a token each in the picture."""
+    """Originals above reconstructions: all frames in the animation, the first, middle and last in the picture."""
     assert names_in(whole / "samples") == [f"step_0000000{step}.{kind}" for step in (2, 4) for kind in ("png", "webp")]
     tokenizer = load_tokenizer(whole)
     assert type(tokenizer) is VideoTokenizer and tokenizer.time_factor == 2
     clips = open_clips("moving-glyphs:12:AB", 16, 5)
     shown = [clips[0, index][0].numpy().transpose(1, 2, 3, 0) for index in (0, 5)]  # the first batch of 0, 5, 11
     with Image.open(whole / "samples" / "step_00000004.webp") as animation:
-        assert (animation.n_frames, animation.size) == (5, (32, 32))
+        assert (animation.n_frames, animation.size) == (5, (34, 34))
         frames = []
         for number in range(5):
             animation.seek(number)
             frames.append(np.asarray(animation.convert("RGB")))
-            assert np.array_equal(frames[-1][:16], np.concatenate([clip[number] for clip in shown], 1))
+            light = np.full((16, 2, 3), 230)
+            assert np.array_equal(frames[-1][:16], np.concatenate([shown[0][number], light, shown[1][number]], 1))
     sheet = np.asarray(Image.open(whole / "samples" / "step_00000004.png").convert("RGB"))
-    assert sheet.shape == (3 * 32 + 2 * 2, 32, 3)
+    assert sheet.shape == (3 * 34 + 2 * 2, 34, 3)
     for row, number in enumerate((0, 2, 4)):
-        assert np.array_equal(sheet[34 * row : 34 * row + 32], frames[number])
+        assert np.array_equal(sheet[36 * row : 36 * row + 34], frames[number])
     lines = log_lines(whole)
     assert {"gan", "lecam", "hinge", "codebook_entropy"} < set(lines[0]) and "val_psnr" in lines[-1]
 
