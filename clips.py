@@ -225,10 +225,8 @@ class MovingGlyphs(glyphs.Glyphs):
         letter = self.classes[self.labels[entry[1]]]
         rng = np.random.default_rng([MOVING_GLYPH, self.seed, int(self.train), entry[1]])
         ground, colour = glyphs.scene(size, rng)
-        left, top, right, bottom = glyphs.letter_box(letter)
         radius = rng.uniform(0.24, 0.32)  # of the circle in which the letter swings
-        scale = 2 * radius * (2 * size) / np.hypot(right - left, bottom - top)
-        upright = glyphs.upright_letter(letter, 2 * size, scale, size, size)  # twice as large, in the middle
+        upright = _upright(letter, size, radius)
         times, direction, span = np.arange(frames), rng.uniform(0, 2 * np.pi), 1 - 2 * radius
         velocity = rng.uniform(0.01, 0.04) * np.array([np.cos(direction), np.sin(direction)])
         flown = rng.uniform(0, span, 2) + velocity * times[:, None]  # (T, 2): x, y
@@ -238,3 +236,37 @@ class MovingGlyphs(glyphs.Glyphs):
         masks = np.stack([np.asarray(mask.reduce(2)) / 255 for mask in turned])[..., None]  # (T, S, S, 1)
         clip = (255 * (ground + masks * (colour - ground)) + 0.5).astype(np.uint8)
         return torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2))), int(self.labels[entry[1]])
+
+
+def _upright(letter, size, radius):  # in the middle of a grey Pillow picture twice as large as a frame
+    left, top, right, bottom = glyphs.letter_box(letter)
+    return glyphs.upright_letter(letter, 2 * size, 4 * radius * size / np.hypot(right - left, bottom - top), size, size)
+
+
+def follow_letters(clips, letters):
+    """What uint8 clips (N, T, S, S, 3) of moving glyphs show: which of `letters`, as numbers (N,), and where its middle
+    is, in pixels, (N, T, 2). It is the letter that, in some size, turn and place in each frame, and scaled for each
+    colour, comes nearest to the frames less their means."""
+    size, spectra, inside = clips.shape[2], [], []
+    shift = torch.fft.fftfreq(size, 1 / size).abs()  # of a letter from the middle, as it comes out of the transform
+    for letter in letters:
+        for radius in (0.24, 0.28, 0.32):
+            upright, free = _upright(letter, size, radius), shift <= (0.5 - radius) * size + 1
+            for angle in range(-30, 31, 10):
+                mask = torch.from_numpy(np.asarray(upright.rotate(angle, Image.Resampling.BILINEAR).reduce(2)) / 255.0)
+                mask = (mask - mask.mean()) / (mask - mask.mean()).norm()
+                spectra.append(torch.fft.rfft2(mask).conj())
+                inside.append(free[:, None] & free)
+    spectra, inside = torch.stack(spectra)[:, None], torch.stack(inside)  # (poses, 1, S, S/2 + 1), (poses, S, S)
+    numbers, places = [], []
+    for clip in clips:
+        best = []
+        for frame in torch.from_numpy(clip).double().movedim(-1, 1):  # (3, S, S)
+            frame = torch.fft.rfft2(frame - frame.mean((1, 2), keepdim=True))
+            explained = torch.fft.irfft2(frame * spectra, s=(size, size)).square().sum(1)  # (poses, S, S)
+            best.append((explained * inside).view(len(letters), -1).max(1))  # of all poses and places of a letter
+        number = sum(score for score, _ in best).argmax()
+        place = torch.stack([where[number] % size**2 for _, where in best])
+        places.append(torch.stack([(place % size + size // 2) % size, (place // size + size // 2) % size], 1))
+        numbers.append(number)
+    return torch.stack(numbers).numpy(), torch.stack(places).numpy()
