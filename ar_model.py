@@ -52,7 +52,7 @@ class ARConfig:
         if not all(type(n) is int and 1 <= n <= 10**6 for n in sizes) or self.tokens > 2**20 or max(layers) > 200:
             raise UserError(f"sizes must be whole numbers from 1, layers up to 200, tokens up to 1024 x 1024: {self}")
         unit = 4 if len(self.shape) == 2 else 16  # see `rotary_table`
-        if len(self.shape) not in (2, 3) or self.width % (unit * self.heads):
+        if (isinstance(self.grid, tuple) and len(self.grid) != 3) or self.width % (unit * self.heads):
             words = f"a head's width must be a whole multiple of {unit}, the grid a side or three numbers"
             raise UserError(f"width {self.width} over {self.heads} heads: {words}")
         if len(bits) != 2 or sum(bits) > 30 or not 0 <= self.dropout < 1:

@@ -18,6 +18,7 @@ from tokenizer import Tokenizer, TokenizerConfig
 
 TINY = ARConfig(width=64, heads=4, spatial_layers=3, intra_layers=2, grid=4, num_classes=10)
 TINY_9_9 = ARConfig(64, 2, 2, 1, factorized_bits=(9, 9), grid=4, num_classes=10)
+TINY_CLIP = dataclasses.replace(TINY, grid=(3, 2, 3))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -173,6 +174,22 @@ def test_config():
         ARConfig(width=60, heads=10, spatial_layers=1, intra_layers=1)
 
 
+def test_config_of_clips():
+    config = ARConfig(32, 2, 1, 1, grid=[5, 16, 12])  # a list, as JSON has it
+    assert config.grid == config.shape == (5, 16, 12) and config.tokens == 960 and hash(config)
+    assert ARConfig(32, 2, 1, 1, grid=4).shape == (4, 4)
+    for width in (8, 24, 40):
+        ARConfig(width, 1, 1, 1, grid=4)
+        with pytest.raises(UserError, match="multiple of 16"):
+            ARConfig(width, 1, 1, 1, grid=(3, 4, 4))
+    wrong = [(), (4,), (4, 4), [4, 4], (2, 2, 2, 2), None, 4.0, "344"]  # lengths and types
+    for grid in [*wrong, (3, 0, 4), (3, 4.0, 4), (3, True, 4), (3, "4", 4)]:
+        with pytest.raises(UserError):
+            ARConfig(32, 2, 1, 1, grid=grid)
+    with pytest.raises(UserError, match="^19 tokens do not fit this model's grid of 3x2x3$"):
+        tiny(TINY_CLIP)(tokens(2, 19), torch.tensor([3, 10]))
+
+
 def test_rotary_table():
     """Against the rotation written out for one place: row 2, column 3 of a 5x5 grid, head width 8."""
     cos, sin = ar_model.rotary_table((5, 5), 8)
@@ -183,6 +200,33 @@ def test_rotary_table():
     turned = ar_model.rotate(torch.tensor([1.0, 0] * 4), (cos[14:15], sin[14:15])).flatten().tolist()
     expected = [f(a) for a in angles for f in (math.cos, math.sin)]  # adjacent entries are a pair
     assert turned == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_rotary_table_of_clips(width):
+    """Against angles written out for one place: frame 2, row 1, column 3 of a 3x4x5 grid."""
+    table = ar_model.rotary_table((3, 4, 5), width)
+    assert table.shape == (2, 61, width // 2) and table.dtype == torch.float32 and not table[:, 0].any()
+    frequencies = {  # 10000^-(j/n)
+        16: ([1, 1e-2], [1, 10 ** (-4 / 3), 10 ** (-8 / 3)]),
+        32: ([1, 1e-1, 1e-2, 1e-3], [1, 10 ** (-2 / 3), 10 ** (-4 / 3), 1e-2, 10 ** (-8 / 3), 10 ** (-10 / 3)]),
+    }
+    of_time, of_space = frequencies[width]
+    angles = [2 * f for f in of_time] + [1 * f for f in of_space] + [3 * f for f in of_space]
+    expected = [[f(angle) for angle in angles] for f in (math.cos, math.sin)]
+    np.testing.assert_allclose(table[:, 1 + 2 * 20 + 1 * 5 + 3], expected, atol=1e-6)
+
+
+def test_rotary_tables_of_a_clip_of_one_frame_and_of_an_image():
+    """Half of the pairs are a row's in 2D, 3 of 8 in 3D: of one frequency are j' = 0, 4, .. in 2D, j = 0, 3, .. in 3D."""
+    flat, clip = ar_model.rotary_table((4, 5), 64), ar_model.rotary_table((1, 4, 5), 64)
+    assert not flat[:, 0].any() and not clip[:, 0].any()
+    time, *clip = clip[:, 1:].split([8, 12, 12], -1)
+    assert (time[0] == 1).all() and (time[1] == 0).all()
+    for ours, theirs in zip(clip, flat[:, 1:].split(16, -1), strict=True):  # rows, columns
+        for j in range(12):
+            same = [k for k in range(16) if (ours[..., j] - theirs[..., k]).abs().max() < 1e-6]
+            assert same == ([4 * j // 3] if j % 3 == 0 else [])
 
 
 def test_cross_entropies_are_float32():
@@ -303,12 +347,15 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+IMAGES_AND_CLIPS = [*((setting, TINY) for setting in SETTINGS), ("unguided", TINY_CLIP), ("guided", TINY_CLIP)]
+
+
+@pytest.mark.parametrize("setting, config", IMAGES_AND_CLIPS)
 @torch.no_grad()
-def test_cached_generation_equals_full_forward_passes(setting, monkeypatch):
+def test_cached_generation_equals_full_forward_passes(setting, config, monkeypatch):
     options = SETTINGS[setting]
-    model, labels, seeds, count = tiny(), torch.tensor([1, 7]), [11, 12], 16
-    uniforms = [torch.rand(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    model, labels, seeds, count = tiny(config), torch.tensor([1, 7]), [11, 12], config.tokens
+    uniforms = [torch.rand(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
     sub_indices, slow_logits = [torch.zeros(2, count, dtype=torch.int64) for _ in range(2)], []
     for t in range(count):
         for part in (0, 1):
@@ -340,12 +387,12 @@ def test_cached_generation_equals_full_forward_passes(setting, monkeypatch):
         assert relative(fast, slow) < 1e-5
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_its_own_first_tokens_given_a_model_draws_the_same_image(setting):
-    model, options = tiny(), {"seeds": [3, 4, 5], **SETTINGS[setting]}
+@pytest.mark.parametrize("setting, config", IMAGES_AND_CLIPS)
+def test_its_own_first_tokens_given_a_model_draws_the_same_image(setting, config):
+    model, options = tiny(config), {"seeds": [3, 4, 5], **SETTINGS[setting]}
     labels = torch.tensor([1, 7, 10])
     whole = model.generate(labels, **options)
-    for n in (0, 1, 8, 16):
+    for n in (0, 1, 8, config.tokens):
         assert torch.equal(model.generate(labels, **options, given=whole[:, :n]), whole)
     assert torch.equal(model.generate(labels, **options, given=whole[:, :3], max_tokens=5), whole[:, :5])
 
