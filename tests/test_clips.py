@@ -152,6 +152,17 @@ def test_the_middle(tmp_path, count, length, first):
     assert clip[2, :, 0, 0].tolist() == list(range(first, first + length))
 
 
+@pytest.mark.parametrize("train, found", [(False, {0}), (True, {0, 1, 2, 3})])
+def test_the_first(tmp_path, train, found):
+    """Not in training, where frames stay random. The crop is that of the middle."""
+    places(tmp_path / "clip", 8, 12, 10)
+    dataset = clips.open_clips(tmp_path, 8, 7, train, labelled=False, first=True)
+    firsts = [dataset[epoch, 0][0][2, :, 0, 0].tolist() for epoch in range(30)]
+    assert {first[0] for first in firsts} == found and all(np.diff(first).tolist() == [1] * 6 for first in firsts)
+    middle = clips.open_clips(tmp_path, 8, 7, train, labelled=False)
+    assert torch.equal(dataset[0, 0][0][:2], middle[0, 0][0][:2])
+
+
 def test_whole_videos(tmp_path):
     """Each of its own length, and at the same crop as its middle frames."""
     save_video(tmp_path / "a.mkv", moving(20, 40, 48), "ffv1", "bgr0")
@@ -525,3 +536,35 @@ def test_letters_move_and_stay_inside():
         middle = torch.stack([(letter.sum(2) * rows).sum(1), (letter.sum(1) * columns).sum(1)]) / area
         steps = middle.diff(dim=1)
         assert 0.3 < steps.norm(dim=0).mean() < 3 and steps.abs().max() < 4  # pixels a frame; none jumps
+
+
+def test_a_letter_is_followed_exactly_where_one_of_its_poses_moves_over_a_plain_ground():
+    shifts = [(0, 0), (7, 0), (0, -7), (-5, 3), (6, 8)]  # to the right and down
+    masks = {letter: np.asarray(clips._upright(letter, 32, 0.28).reduce(2)) / 255.0 for letter in "BC"}
+    masks = [np.roll(masks[letter], (down, right), (0, 1)) for letter, (right, down) in zip("CBBBB", shifts)]
+    for ground, colour in (((240, 30, 90), (20, 200, 95)), ((60, 60, 60), (50, 50, 50))):
+        clip = np.uint8(np.array(ground) + np.stack(masks)[..., None] * np.subtract(colour, ground) + 0.5)
+        numbers, found = clips.follow_letters(np.stack([clip[:3], clip[2:]]), "ABC")
+        assert numbers.tolist() == [1, 1] and found.shape == (2, 3, 2)  # also where the first of three frames shows C
+        assert found[0, 1:].tolist() == [[16 + x, 16 + y] for x, y in shifts[1:3]]
+        assert found[1].tolist() == [[16 + x, 16 + y] for x, y in shifts[2:]]
+        # Half beyond the border, and back on the other side: no letter flies there.
+        _, found = clips.follow_letters(np.roll(clip, 16, 2)[None], "ABC")
+        assert abs(found - 16).max() <= (0.5 - 0.24) * 32 + 1
+
+
+def test_moving_glyphs_are_followed(monkeypatch):
+    """Each letter is the right one; its places are where it was put: rotate's `translate`, in half pixels."""
+    flights, rotate = [], Image.Image.rotate
+
+    def watched(self, *args, **options):
+        flights.extend([options["translate"]] if "translate" in options else [])
+        return rotate(self, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "rotate", watched)
+    dataset = clips.open_clips("moving-glyphs:20:ABCDEFGH", 32, 6, train=True)
+    made = np.stack([frames_of(dataset[0, i][0]) for i in range(20)])
+    numbers, found = clips.follow_letters(made, dataset.classes)
+    assert numbers.tolist() == dataset.labels.tolist()
+    distances = np.linalg.norm(found - (16 + np.reshape(flights, (20, 6, 2)) / 2), axis=-1)
+    assert distances.max() < 1.5

@@ -116,6 +116,15 @@ def test_picture_grid():
     assert (sheet[4:6] == 230).all() and (sheet[12:, 8:] == 230).all()
 
 
+def test_tiles_of_clips_are_those_of_their_frames():
+    clips = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 3, 7, 4, 6), np.uint8))
+    sheet = data.tile(clips, columns=2)
+    assert sheet.shape == (3, 7, 3 * 4 + 2 * 2, 2 * 6 + 2) and sheet.dtype == torch.uint8
+    for number in range(7):
+        frame = np.asarray(data.picture_grid(clips[:, :, number], columns=2))
+        np.testing.assert_array_equal(sheet[:, number].movedim(0, -1), frame)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Folders
 
