@@ -1,6 +1,7 @@
-# make demo    the whole street on built-in pictures, a few minutes on a CPU
-# make test    the tests
-# Both first make a virtual environment in .venv and install there requirements.txt and what reads videos.
+# make demo          the whole street on built-in pictures, a few minutes on a CPU
+# make demo-video    the same on letters that move
+# make test          the tests
+# All first make a virtual environment in .venv and install there requirements.txt and what reads videos.
 
 PYTHON ?= python3
 RUN = .venv/bin/python
@@ -13,8 +14,12 @@ RUN = .venv/bin/python
 demo: .venv/installed
 	$(RUN) demo.py
 
-# A process a file, as many at once as there are cores. One file: .venv/bin/python -m pytest tests/test_lfq.py
-test: .venv/installed
-	ls -S tests/test_*.py | xargs -n 1 -P $$(getconf _NPROCESSORS_ONLN) $(RUN) -m pytest -q -p no:cacheprovider
+demo-video: .venv/installed
+	$(RUN) demo.py --video
 
-.PHONY: demo test
+# A process for three files (they share what takes seconds to import), as many at once as there are cores.
+# One file: .venv/bin/python -m pytest tests/test_lfq.py
+test: .venv/installed
+	ls -S tests/test_*.py | xargs -n 3 -P $$(getconf _NPROCESSORS_ONLN) $(RUN) -m pytest -q -p no:cacheprovider
+
+.PHONY: demo demo-video test

@@ -181,8 +181,8 @@ def transformer_step(bench, name, batch, compiled, grid=16):
     if compiled:
         fast.compile(*model.spatial_blocks)
         model.predict, loss_terms = (torch.compile(f, dynamic=False) for f in (model.predict, cross_entropies))
-    codes = torch.randint(2**18, (batch, grid**2), device=bench.device)
-    labels = torch.randint(1000, (batch,), device=bench.device)
+    codes = torch.randint(2**18, (batch, model.config.tokens), device=bench.device)
+    labels = torch.randint(model.config.num_classes, (batch,), device=bench.device)
     rt = runtime.Runtime(bench.device)
     gradients, graphs = Gradients(rt, model.parameters()), Graphs(rt, compiled)
     work = functools.partial(train_ar.training_pass, model, loss_terms, scaler, args, 1)
@@ -198,7 +198,7 @@ def transformer_step(bench, name, batch, compiled, grid=16):
 def step_flops(model):
     """Arithmetic of one image's training step: matrix products and attention, forward and twice that backward."""
     config = model.config
-    tokens = config.grid**2
+    tokens = config.tokens
 
     def products(module):
         return 2 * sum(p.numel() for p in module.parameters() if p.dim() == 2)
@@ -210,7 +210,7 @@ def step_flops(model):
 
 TRAINED = (
     ("B", 24, 16), ("B", 96, 16), ("B", 192, 16), ("B", 24, 32), ("L", 48, 16), ("L", 96, 16),
-    ("XL", 32, 16), ("XL", 64, 16),
+    ("XL", 32, 16), ("XL", 64, 16), ("video_B", 16, (5, 16, 16)),
 )  # fmt: skip
 
 
@@ -226,13 +226,15 @@ def bench_transformer(bench, cases=TRAINED):
         step, model = transformer_step(bench, name, batch, True, grid)
         ours, memory = bench.time(step, 10)
         share = step_flops(model) * batch / ours / bench.flops
-        what = f"AR-{name} training step from codes, {grid}x{grid} tokens, micro-batch {batch}"
+        shape = "x".join(map(str, model.config.shape))
+        what = f"AR-{name} training step from codes, {shape} tokens, micro-batch {batch}"
         yield row(what, ours, other, memory, share, batch)
         del step, model
 
 
 SAMPLED = (
     ("B", 50, 16), ("B", 100, 16), ("B", 200, 16), ("B", 400, 16), ("B", 50, 32), ("L", 50, 16), ("XL", 50, 16),
+    ("video_B", 16, (5, 16, 16)),
 )  # fmt: skip
 
 
@@ -243,7 +245,7 @@ def bench_sampling(bench, cases=SAMPLED):
         model = ARTransformer(dataclasses.replace(AR_SIZES[name], grid=grid)).to(bench.device).eval()
         for head in model.head:
             torch.nn.init.normal_(head.weight, std=0.02)
-        labels = torch.arange(batch, device=bench.device) % 1000
+        labels = torch.arange(batch, device=bench.device) % model.config.num_classes
 
         def work(model=model, labels=labels, batch=batch):
             with torch.autocast("cuda", torch.bfloat16):
@@ -258,9 +260,9 @@ def bench_sampling(bench, cases=SAMPLED):
         blocks = [*model.spatial_blocks.parameters(), *model.factorized_blocks.parameters()]
         weights = 2 * sum(p.numel() for p in blocks)
         # Bytes at the middle token
-        cache = 2 * batch * config.spatial_layers * 2 * config.width * 2 * grid**2 / 2
-        share = grid**2 * (weights + cache) / ours / bench.bandwidth
-        what = f"AR-{name} sampling, guided, {grid}x{grid} tokens, {batch} images"
+        cache = 2 * batch * config.spatial_layers * 2 * config.width * 2 * config.tokens / 2
+        share = config.tokens * (weights + cache) / ours / bench.bandwidth
+        what = f"AR-{name} sampling, guided, {'x'.join(map(str, config.shape))} tokens, {batch} images"
         yield row(what, ours, other, memory, share, batch)
 
 
