@@ -1,8 +1,8 @@
 """The autoregressive model of Open-MAGVIT2 (arXiv 2409.04410): a plain transformer over factorized tokens.
 
 A token of 2^18 codes is two sub-tokens, "pre" (6 bits) and "post" (12 bits). A causal transformer runs over the tokens
-of an image, or a clip, in raster order (the spatial blocks); from each of its outputs a small one, over a sequence of two, predicts
-first the pre and then, given it, the post sub-token (the intra-token blocks).
+of an image, or a clip, in raster order (the spatial blocks); from each of its outputs a small one, over a sequence of
+two, predicts first the pre and then, given it, the post sub-token (the intra-token blocks).
 
     model, tokenizer = load_ar("B")                 # released name, released or own file, or run folder
     logits = model([pre, post], class_labels)       # teacher forcing: two of (B, N, 2^bits)
@@ -10,8 +10,8 @@ first the pre and then, given it, the post sub-token (the intra-token blocks).
     indices = model.generate(class_labels, cfg_scale=(1.9, 2.0), seeds=range(B))
     images = tokenizer.decode(indices.view(B, 16, 16))
 
-Letters: B batch, N tokens (a whole grid's, or the first of them), d width, H heads, D head width, V vocabulary of a sub-token.
-`rows` are the sequences that run: B, or 2 B where guidance adds the null class's branch."""
+Letters: B batch, N tokens (a whole grid's, or the first of them), d width, H heads, D head width, V vocabulary of a
+sub-token. `rows` are the sequences that run: B, or 2 B where guidance adds the null class's branch."""
 
 import dataclasses
 import math
@@ -30,9 +30,9 @@ from tokenizer import RELEASED_AR, entries_under, model_from_entries, own_tokeni
 
 @dataclasses.dataclass(frozen=True)
 class ARConfig:
-    """Size of an `ARTransformer`. `factorized_bits`: bits of the pre and post sub-tokens; `grid`: side of an image's token
-    grid, or a clip's (frames, rows, columns) of tokens; `dropout`: probability on the token sequence and on what
-    attention and feed-forward add."""
+    """Size of an `ARTransformer`. `factorized_bits`: bits of the pre and post sub-tokens; `grid`: an image's side, or a
+    clip's (frames, rows, columns), in tokens; `dropout`: probability on the token sequence and on what attention and
+    feed-forward add."""
 
     width: int
     heads: int
@@ -92,8 +92,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary_table(shape, head_width, device=None):
-    """cos and sin of the rotary embedding of a grid (rows, columns) or (frames, rows, columns), (2, N + 1, D/2) float32;
-    token t stands at position t + 1. Of the D/2 rotation pairs the first turn by the token's place along the first
+    """cos and sin of the rotary embedding of a grid (rows, columns) or (frames, rows, columns): (2, N + 1, D/2) float32,
+    token t at position t + 1. Of the D/2 rotation pairs the first turn by the token's place along the first
     axis, and so on; the n pairs of an axis turn by place / 10000^(j/n), j = 0..n-1."""
     shares = (4, 4) if len(shape) == 2 else (2, 3, 3)  # of D/2 pairs, in eighths: a half each, or a quarter for time
     places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in shape))  # (N, axes), raster order
@@ -266,7 +266,7 @@ class ARTransformer(nn.Module):
         class_labels: (B,) in 0..num_classes. Every option is a pair (pre, post): `cfg_scale`, where (1, 1) is no
         guidance and runs no null branch; `temperature` > 0; `top_k`, 0 is off; `top_p` in (0, 1], 1 is off. seeds: one
         integer an image (0..B-1 where None); an image is a function of its seed, class and options, not of its batch.
-        max_tokens: stop after so many (None: the grid's). given: first tokens to keep, merged indices (B, n) int64, n up to
+        max_tokens: stop after so many (None: all). given: first tokens to keep, merged indices (B, n) int64, n up to
         max_tokens. Returns merged indices (B, max_tokens) int64. Raises UserError for options out of range."""
         config, device = self.config, self.norm.weight.device
         tokens = config.tokens if max_tokens is None else max_tokens
@@ -328,8 +328,8 @@ class SubTokenOptions(NamedTuple):
 @fast.path("decode.draw_tokens")
 def draw_tokens(model, labels, uniforms, options, tokens, given):
     """Draw B images' tokens, one after the other. Nothing in here waits for the device.
-    labels (rows,), uniforms (B, the grid's N, 2), options: the two sub-tokens' `SubTokenOptions`; given: the first sub-tokens
-    (B, n, 2). Returns the sub-tokens (B, tokens, 2) int64, and the two logits (rows, V) of the last token."""
+    labels (rows,), uniforms (B, of the whole grid, 2), options: the two sub-tokens' `SubTokenOptions`; given: the first
+    sub-tokens (B, n, 2). Returns the sub-tokens (B, tokens, 2) int64, and the two logits (rows, V) of the last token."""
     rotary, config, drawn = model.rotary(), model.config, []
     x = model.class_emb["embedding_table"](labels)[:, None]  # (rows, 1, d)
     shape = (config.spatial_layers, 2, len(labels), config.heads, tokens, config.head_width)

@@ -43,7 +43,7 @@ TOKENIZER = f"--size {VIDEO_SIZE} --channels 32 --multipliers 2 2 2 --bits 6 --l
 CLIPS = f"--data moving-glyphs:2000:{LETTERS} --size {VIDEO_SIZE} --frames {FRAMES}"
 ENCODE = "encode.py --tokenizer DEMO/tokenizer --batch 16"
 VIDEO_STREET = {
-    "train a tokenizer of pictures": f"train_tokenizer.py --data {TRAIN} --val-data {VAL} {TOKENIZER} --out DEMO/pictures",
+    "train on pictures": f"train_tokenizer.py --data {TRAIN} --val-data {VAL} {TOKENIZER} --out DEMO/pictures",
     "train the tokenizer": f"train_tokenizer.py --preset video_tiny --init DEMO/pictures {CLIPS} --steps 120 "
     "--out DEMO/tokenizer",
     "encode": f"{ENCODE} {CLIPS} --seed 1 --out DEMO/codes/train",

@@ -6,9 +6,10 @@
     python sample.py --model B --given photos --out completed.png      # keeps their upper halves, draws the lower ones
     python sample.py --model runs/video --given videos --frames 65 --out clips.webp    # goes on from their first frames
 
-The kind of output follows from --out: `.png` (of clips `.webp`, `.gif`, `.mp4`), `.npz`, or else a folder. With K classes
-and M given pictures, picture i shows class i % K, goes on from given picture i // K % M, and is a function of --seed and
-i, whatever the number of processes. After a stop, the same command makes what is missing. Settings are saved too: FOLDER/config.json, OUT.json.
+The kind of output follows from --out: `.png` (of clips `.webp`, `.gif`, `.mp4`), `.npz`, or else a folder. With K
+classes and M given pictures, picture i shows class i % K, goes on from given picture i // K % M, and is a function of
+--seed and i, whatever the number of processes. After a stop, the same command makes what is missing. Settings are saved
+too: FOLDER/config.json, OUT.json.
 As in Open-MAGVIT2 (arXiv 2409.04410), classifier-free guidance has a scale for each sub-token."""
 
 import functools
@@ -63,10 +64,7 @@ def parse(argv=None):
     add("--given", help="pictures, or videos, to go on from: a folder or built-in ones; in a grid, a column each")
     add("--given-rows", type=at_least(1), help="upper rows of their tokens to keep; default: half of them")
     add("--given-frames", type=at_least(1), help="first frames of videos to keep; default: half of a clip's tokens")
-    longer = (
-        "of a clip; default: the model's. Past them, each window begins with the last frame of the one before, encoded"
-    )
-    add("--frames", type=at_least(1), help=longer)
+    add("--frames", type=at_least(1), help="of a clip; past the model's, each window begins with the last one's end")
     add("--out", required=True, help=f"a grid, a class a row: .png, of clips {', '.join(ANIMATED)}; .npz; or a folder")
     add("--classes", help="`all`, or names or numbers (names go first), with commas; default: all, or 10 in a grid")
     add("--html", nargs="?", const="", metavar="PAGE", help="show them on a page too; default: OUT.html")
@@ -108,13 +106,14 @@ def main():
     defaults = PRESETS[PAPER_SIZES.get(model.config.width, "B") if preset == "paper" else preset]
     options = {name: getattr(args, name) or pair for name, pair in defaults.items()}
     classes = choose_classes(args.classes, model.class_names, len(names), spread=grid)
-    size = [shape[-1] * tokenizer.factor] * 2
+    size, frames = [shape[-1] * tokenizer.factor] * 2, args.frames
     if video:
         window = 1 + (shape[0] - 1) * tokenizer.time_factor
-        size = [args.frames or window, *size]
-        if size[0] > window == 1:
-            raise UserError(f"--frames {size[0]}: this model draws single frames, and goes on from none")
-    elif args.frames:
+        frames = frames or window
+        size = [frames, *size]
+        if frames > window == 1:
+            raise UserError(f"--frames {frames}: this model draws single frames, and goes on from none")
+    elif frames:
         raise UserError("--frames is of clips, and this model draws pictures")
     if not args.given and (args.given_rows or args.given_frames):
         raise UserError("--given-rows and --given-frames go with --given")
@@ -145,7 +144,7 @@ def main():
         return [work / f"{i:06d}_{plain[labels[i]]}.{'webp' if video else 'png'}" for i in batch]
 
     todo = [batch for batch in batches[rt.rank :: rt.world] if not all(file.exists() for file in files_of(batch))]
-    draw_batch = functools.partial(draw, rt, model, tokenizer, options, precision, args.rounding, size[:-2])
+    draw_batch = functools.partial(draw, rt, model, tokenizer, options, precision, args.rounding, frames)
     rt.barrier()
     started = time.perf_counter()
     # While the device makes a batch, a thread writes the one before; nothing here waits for the device but that thread.
@@ -180,7 +179,7 @@ def main():
             write_npz(out, parts, (count, *size, 3))
         runtime.write_json(f"{out}.json", settings)
         shutil.rmtree(work)
-    kinds, unit = ("clips", "clips") if video else ("pictures", "images")
+    kinds, unit = ["clips"] * 2 if video else ["pictures", "images"]
     again = f" ({count - made:.0f} were there already)" if made < count else ""
     rt.say(f"made {made:.0f} {kinds} in {seconds:.1f} s ({made / seconds:.2f} {unit}/s){again}: {out}")
     rt.barrier()
@@ -188,16 +187,16 @@ def main():
 
 @torch.no_grad()
 def draw(rt, model, tokenizer, options, precision, rounding, frames, labels, seeds, given):
-    """uint8 pictures (B, 3, H, W), or, where `frames` is [T], clips (B, 3, T, H, W). labels (B,); given: first tokens."""
+    """uint8 pictures (B, 3, H, W), or clips (B, 3, frames, H, W), of labels (B,); given: first tokens (B, n)."""
     with runtime.autocast(rt.device, precision):
         indices = model.generate(labels, **options, seeds=seeds, given=given)  # (B, N)
         pictures = to_uint8(tokenizer.decode(indices.unflatten(1, model.config.shape)), rounding)
-    if not frames or pictures.shape[2] >= frames[0]:
-        return pictures[:, :, : frames[0]] if frames else pictures
+    if not frames or pictures.shape[2] >= frames:
+        return pictures[:, :, :frames]  # None: all there are
     # The last frame, as it is shown, encoded alone, is the first latent frame of the clip that follows.
     given = torch.cat([tokenizer.encode(to_float(clip[None, :, -1:])).flatten(1) for clip in pictures])
-    seeds, left = [runtime.seed_of(seed, 1) for seed in seeds], frames[0] - pictures.shape[2] + 1
-    following = draw(rt, model, tokenizer, options, precision, rounding, [left], labels, seeds, given)
+    seeds, left = [runtime.seed_of(seed, 1) for seed in seeds], frames - pictures.shape[2] + 1
+    following = draw(rt, model, tokenizer, options, precision, rounding, left, labels, seeds, given)
     return torch.cat([pictures, following[:, :, 1:]], 2)
 
 

@@ -5,7 +5,7 @@
 
 The codes come from encode.py, with the tokenizer that made them. What comes out, under --out: config.json, log.jsonl,
 step_XXXXXXXX.pt (the last two; everything a resume needs, and, carrying the tokenizer, all that sample.py needs),
-samples/step_XXXXXXXX.png (one class a row; of clips .webp). Running the same command again goes on from the newest checkpoint."""
+samples/step_XXXXXXXX.png (one class a row; of clips .webp). The same command goes on from the newest checkpoint."""
 
 import functools
 import math
@@ -29,7 +29,7 @@ from tokenizer import load_tokenizer
 # The paper's settings for B, L and XL. tiny is ours, for a CPU.
 PAPER = {"global_batch": 768, "micro_batch": 24, "lr": 3e-4, "epochs": 300, "warmup_epochs": 6, "steps": 0}
 TINY = {"global_batch": 64, "micro_batch": 64, "lr": 1.5e-3, "epochs": 0, "warmup_epochs": 0.5, "steps": 470}
-# Ours, of clips. video_B is for UCF-101, in steps of as many tokens as B's; nobody has trained it.
+# Ours, of clips. video_B is for UCF-101, in steps of about as many tokens as B's; nobody has trained it.
 VIDEO_TINY = {**TINY, "global_batch": 16, "micro_batch": 16, "lr": 3e-3, "warmup_epochs": 0.3, "steps": 2600}
 VIDEO_B = {**PAPER, "global_batch": 128, "micro_batch": 16, "epochs": 1000, "warmup_epochs": 20}
 PRESETS = {"tiny": TINY, "B": PAPER, "L": PAPER, "XL": {**PAPER, "lr": 2.4e-4, "epochs": 350, "warmup_epochs": 7}}

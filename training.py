@@ -146,8 +146,8 @@ class Run:
         self.checkpoint = self.rt.share(self.checkpoint)
 
     def save_samples(self, images, columns):
-        """Write this step's uint8 pictures (N, 3, H, W) as one .png, on one process; clips (N, 3, T, H, W) as one .webp,
-        and their first, middle and last frames as a .png."""
+        """Write this step's uint8 pictures (N, 3, H, W) as a .png, on one process; clips (N, 3, T, H, W) as a .webp, and
+        their first, middle and last frames as a .png."""
         path = self.folder / "samples" / f"step_{self.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         sheet = tile(images, columns)  # (3, [T,] H, W)
