@@ -254,16 +254,16 @@ def follow_letters(clips, letters):
             upright, free = _upright(letter, size, radius), shift <= (0.5 - radius) * size + 1
             for angle in range(-30, 31, 10):
                 mask = torch.from_numpy(np.asarray(upright.rotate(angle, Image.Resampling.BILINEAR).reduce(2)) / 255.0)
-                mask = (mask - mask.mean()) / (mask - mask.mean()).norm()
-                spectra.append(torch.fft.rfft2(mask).conj())
+                mask = mask - mask.mean()
+                spectra.append(torch.fft.rfft2(mask / mask.norm()).conj())
                 inside.append(free[:, None] & free)
     spectra, inside = torch.stack(spectra)[:, None], torch.stack(inside)  # (poses, 1, S, S/2 + 1), (poses, S, S)
     numbers, places = [], []
     for clip in clips:
         best = []
         for frame in torch.from_numpy(clip).double().movedim(-1, 1):  # (3, S, S)
-            frame = torch.fft.rfft2(frame - frame.mean((1, 2), keepdim=True))
-            explained = torch.fft.irfft2(frame * spectra, s=(size, size)).square().sum(1)  # (poses, S, S)
+            explained = torch.fft.irfft2(torch.fft.rfft2(frame) * spectra, s=(size, size))  # (poses, 3, S, S)
+            explained = explained.square().sum(1)  # (poses, S, S)
             best.append((explained * inside).view(len(letters), -1).max(1))  # of all poses and places of a letter
         number = sum(score for score, _ in best).argmax()
         place = torch.stack([where[number] % size**2 for _, where in best])

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from scripts import assert_equal, fails_with_one_line, log_lines, names_in, run, start, wait_for
+from scripts import assert_equal, fails_with_one_line, log_lines, run, start, wait_for
 
 import train_tokenizer
 from checkpoint import read_weights
@@ -41,7 +41,9 @@ def without(state, *names):
 
 def test_what_a_run_leaves(whole):
     """Originals above reconstructions: all frames in the animation, the first, middle and last in the picture."""
-    assert sorted(os.listdir(whole / "samples")) == [f"step_0000000{step}.{kind}" for step in (2, 4) for kind in ("png", "webp")]
+    assert sorted(os.listdir(whole / "samples")) == [
+        f"step_0000000{step}.{kind}" for step in (2, 4) for kind in ("png", "webp")
+    ]
     tokenizer = load_tokenizer(whole)
     assert type(tokenizer) is VideoTokenizer and tokenizer.time_factor == 2
     clips = open_clips("moving-glyphs:12:AB", 16, 5)
