@@ -75,7 +75,7 @@ class ARConfig:
 # B, L and XL are the paper's. The others are ours: tiny ones for tests and first runs on a CPU, and B for clips.
 AR_SIZES = {
     "tiny": ARConfig(width=192, heads=4, spatial_layers=4, intra_layers=1, grid=4),
-    "video_tiny": ARConfig(width=64, heads=2, spatial_layers=4, intra_layers=1, grid=(3, 5, 5), dropout=0.0),
+    "video_tiny": ARConfig(width=96, heads=3, spatial_layers=4, intra_layers=1, grid=(3, 5, 5), dropout=0.0),
     "video_B": ARConfig(width=1024, heads=16, spatial_layers=24, intra_layers=2, grid=(5, 16, 16), num_classes=101),
     "B": ARConfig(width=1024, heads=16, spatial_layers=24, intra_layers=2),
     "L": ARConfig(width=1280, heads=20, spatial_layers=36, intra_layers=3),

@@ -39,16 +39,16 @@ STREET = {
     "sample": f"{SAMPLE}.png",
 }
 # Widths of 64 again, but of levels that halve time, too: 9 frames of 20 x 20 pixels are 3 x 5 x 5 tokens.
-TOKENIZER = f"--size {VIDEO_SIZE} --channels 32 --multipliers 2 2 2 --bits 6 --lr 8e-4 --lr-drops 0.9 --steps 400"
-CLIPS = f"--data moving-glyphs:2000:{LETTERS} --size {VIDEO_SIZE} --frames {FRAMES}"
+TOKENIZER = f"--size {VIDEO_SIZE} --channels 32 --multipliers 2 2 2 --bits 8 --lr 8e-4 --lr-drops 0.9 --steps 400"
+CLIPS = f"--data moving-glyphs:3000:{LETTERS} --size {VIDEO_SIZE} --frames {FRAMES}"
 ENCODE = "encode.py --tokenizer DEMO/tokenizer --batch 16"
 VIDEO_STREET = {
     "train on pictures": f"train_tokenizer.py --data {TRAIN} --val-data {VAL} {TOKENIZER} --out DEMO/pictures",
     "train the tokenizer": f"train_tokenizer.py --preset video_tiny --init DEMO/pictures {CLIPS} --steps 120 "
     "--out DEMO/tokenizer",
     "encode": f"{ENCODE} {CLIPS} --seed 1 --out DEMO/codes/train",
-    "encode, validation": f"{ENCODE} {CLIPS.replace('2000', '200')} --seed 2 --out DEMO/codes/val",
-    "train the transformer": f"train_ar.py --preset video_tiny --pre-bits 3 {CODES}",
+    "encode, validation": f"{ENCODE} {CLIPS.replace('3000', '200')} --seed 2 --out DEMO/codes/val",
+    "train the transformer": f"train_ar.py --preset video_tiny --pre-bits 4 {CODES}",
     "sample": f"{SAMPLE}.webp --batch 60",
 }
 
