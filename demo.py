@@ -30,13 +30,13 @@ TOKENIZER = f"--size {SIZE} --channels 64 --multipliers 1 1 1 --bits 13 --lr 8e-
 TRANSFORMER = "--width 96 --heads 3 --dropout 0 --global-batch 32 --micro-batch 32 --lr 3e-3 --warmup-epochs 0.3"
 ENCODE = f"encode.py --tokenizer DEMO/tokenizer --size {SIZE}"
 CODES = "--codes DEMO/codes/train --val-codes DEMO/codes/val --out DEMO/ar"
-SAMPLE = f"sample.py --model DEMO/ar --per-class {EACH} --cfg 3 3 --top-p 0.8 0.8 --out DEMO/samples"
+SAMPLE = f"sample.py --model DEMO/ar --per-class {EACH} --cfg 3 3 --out DEMO/samples"
 STREET = {
     "train the tokenizer": f"train_tokenizer.py --data {TRAIN} --val-data {VAL} {TOKENIZER} --out DEMO/tokenizer",
     "encode": f"{ENCODE} --data {TRAIN} --seed 1 --out DEMO/codes/train",
     "encode, validation": f"{ENCODE} --data {VAL} --seed 2 --out DEMO/codes/val",
     "train the transformer": f"train_ar.py {TRANSFORMER} --steps 900 {CODES}",
-    "sample": f"{SAMPLE}.png",
+    "sample": f"{SAMPLE}.png --top-p 0.8 0.8",
 }
 # Widths of 64 again, but of levels that halve time, too: 9 frames of 20 x 20 pixels are 3 x 5 x 5 tokens.
 TOKENIZER = f"--size {VIDEO_SIZE} --channels 32 --multipliers 2 2 2 --bits 8 --lr 8e-4 --lr-drops 0.9 --steps 400"
@@ -49,7 +49,7 @@ VIDEO_STREET = {
     "encode": f"{ENCODE} {CLIPS} --seed 1 --out DEMO/codes/train",
     "encode, validation": f"{ENCODE} {CLIPS.replace('3000', '200')} --seed 2 --out DEMO/codes/val",
     "train the transformer": f"train_ar.py --preset video_tiny --pre-bits 4 {CODES}",
-    "sample": f"{SAMPLE}.webp --batch 60",
+    "sample": f"{SAMPLE}.webp --top-p 0.7 0.7 --batch 60",
 }
 
 
