@@ -107,8 +107,9 @@ def start():
     options = {"store": _fresh_store(rank, world), "rank": rank, "world_size": world, "timeout": TIMEOUT}
     on_cpu = device.type == "cpu"
     dist.init_process_group(BACKENDS[device.type], device_id=None if on_cpu else device, **options)
-    control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
-    return Runtime(device, rank, world, control)
+    rt = Runtime(device, rank, world, dist.group.WORLD if on_cpu else dist.new_group(backend="gloo"))
+    rt.barrier()  # a rank that ends at once, by a wrong flag say, would take the store from one that still joins
+    return rt
 
 
 def _launched():

@@ -132,6 +132,25 @@ def test_a_rank_killed_under_torchrun(restarts, run_folder, tmp_path):
         assert (tmp_path / "step_00000001.pt").exists() and not (tmp_path / "step_00000004.pt").exists()
 
 
+def _join_late():
+    """The second rank looks into the store once more, a second after the first one has joined."""
+    join = torch.distributed.init_process_group
+
+    def slowly(*args, store, **options):
+        join(*args, store=store, **options)
+        time.sleep(1)
+        store.add("late", 1)
+
+    if os.environ["RANK"] == "1":
+        torch.distributed.init_process_group = slowly
+
+
+def test_a_rank_that_ends_at_once_waits_for_one_that_still_joins(tmp_path):
+    flags = ["--micro-batch", 3, "--out", tmp_path / "out"]
+    errors = run("train_ar.py", *flags, processes=2, code=2, prepare=_join_late).stderr.splitlines()
+    assert len(errors) == 2 and all("--micro-batch 3" in line for line in errors), errors
+
+
 def test_ranks_end_with_their_torchrun_and_a_signal_to_it_saves(tmp_path):
     for number in (signal.SIGTERM, signal.SIGKILL):
         process = Forked("train_tokenizer.py", *TOKENIZER, "--steps", 1000, "--out", tmp_path, processes=2)
