@@ -85,7 +85,7 @@ AR_SIZES = {
 
 # --- The network. Module names are those of the released files. -------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
-    """torch's, in float32 also where x or (of a sharded model) the weight is in half precision."""
+    """torch's, in float32 also where x or the weight is in half precision."""
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)

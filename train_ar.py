@@ -8,11 +8,11 @@ step_XXXXXXXX.pt (the last two; everything a resume needs, and, carrying the tok
 samples/step_XXXXXXXX.png (one class a row; of clips .webp). The same command goes on from the newest checkpoint."""
 
 import functools
-import math
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import data
 import fast
@@ -23,14 +23,13 @@ from checkpoint import hash_of, locate
 from fast.graphs import Gradients, Graphs
 from lfq import split_indices
 from runtime import UserError, at_least
-from sharding import full, rerun_in_backward, shard, unsharded, whole_in_files
 from tokenizer import load_tokenizer
 
 # The paper's settings for B, L and XL. tiny is ours, for a CPU.
 PAPER = {"global_batch": 768, "micro_batch": 24, "lr": 3e-4, "epochs": 300, "warmup_epochs": 6, "steps": 0}
 TINY = {"global_batch": 64, "micro_batch": 64, "lr": 1.5e-3, "epochs": 0, "warmup_epochs": 0.5, "steps": 470}
 # Ours, of clips. video_B is for UCF-101, in steps of about as many tokens as B's; nobody has trained it.
-VIDEO_TINY = {**TINY, "global_batch": 32, "micro_batch": 32, "lr": 3e-3, "warmup_epochs": 0.3, "steps": 1200}
+VIDEO_TINY = {**TINY, "global_batch": 32, "micro_batch": 32, "warmup_epochs": 0.3, "steps": 1150}
 VIDEO_B = {**PAPER, "global_batch": 128, "micro_batch": 16, "epochs": 1000, "warmup_epochs": 20}
 PRESETS = {"tiny": TINY, "B": PAPER, "L": PAPER, "XL": {**PAPER, "lr": 2.4e-4, "epochs": 350, "warmup_epochs": 7}}
 PRESETS |= {"video_tiny": VIDEO_TINY, "video_B": VIDEO_B}
@@ -40,7 +39,7 @@ for name, preset in PRESETS.items():
 
 # Settings that a resumed run may change: they leave weights alone, up to rounding and what dropout draws.
 MAY_CHANGE = {"out", "codes", "val_codes", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
-MAY_CHANGE |= {"compile", "allow_changes", "micro_batch", "preset", "shard", "checkpoint_activations", "init"}
+MAY_CHANGE |= {"compile", "allow_changes", "micro_batch", "preset", "checkpoint_activations", "init"}
 
 
 def parse(argv=None):
@@ -62,7 +61,6 @@ def parse(argv=None):
     add("--lr", type=at_least(0, float), help="peak learning rate of AdamW")
     add("--warmup-epochs", type=at_least(0, float), help="epochs of linear warm-up from 0.005 of the peak")
     add = arguments.add_argument_group("memory").add_argument
-    add("--shard", action="store_true", help="spread weights, gradients, optimizer over processes (FSDP2); same files")
     add("--checkpoint-activations", action="store_true", help="keep only blocks' inputs, run them twice: 1/3 more work")
     training.add_run_flags(arguments, "runs/ar", 50, "validation losses and sample pictures", 10000)
     return runtime.parse_with_presets(arguments, PRESETS, argv)
@@ -109,14 +107,23 @@ def training_pass(model, loss_terms, scaler, args, share, indices, labels):
     return {"pre": pre.detach(), "post": post.detach()}
 
 
+def rerun_in_backward(block):
+    """Make a block keep only its input for the backward pass, which runs it again, with the same dropout."""
+    plain = block.forward
+
+    def forward(*inputs):
+        # Drawing pictures needs no gradient: there the block runs as it is.
+        return checkpoint(plain, *inputs, use_reentrant=False) if torch.is_grad_enabled() else plain(*inputs)
+
+    block.forward = forward
+
+
 def main():
     # Settings
     args = parse()
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
     accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
-    if args.shard and rt.world == 1:
-        raise UserError("--shard spreads the model over processes, and here is one; launch with torchrun or drop it")
 
     # Data
     codes, val_codes, tokenizer = open_caches(args)
@@ -152,23 +159,15 @@ def main():
     if args.checkpoint_activations:
         for block in [*model.spatial_blocks, *model.factorized_blocks]:
             rerun_in_backward(block)
-    # Neither has been tried with CUDA graphs; compiled blocks go with them only where --compile asks for it.
-    plain = not (args.shard or args.checkpoint_activations)
-    compiled = (plain or args.compile) and fast.compiles(rt.device, args.compile, total)
-    if compiled:
+    if compiled := fast.compiles(rt.device, args.compile, total):
         fast.compile(*model.spatial_blocks)
         model.predict = torch.compile(model.predict, dynamic=False)
         loss_terms = torch.compile(cross_entropies, dynamic=False)
-    if args.shard:
-        shard(rt, model, args.precision)
-    else:
-        rt.share_parameters(model.to(rt.device))
+    rt.share_parameters(model.to(rt.device))
 
     # Optimizer. The published code makes two groups, but its schedule then writes the decay into both: all decay.
     fused = rt.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=fused)
-    if args.shard:
-        whole_in_files(rt, model, optimizer)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
 
     # Resume
@@ -180,11 +179,9 @@ def main():
     run = training.Run(rt, args, settings, MAY_CHANGE, saved, **contents)
     rt.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
-    # The pass. (Sharded gradients are exchanged in every pass, and come as the mean over processes.)
-    graphs = Graphs(rt, compiled and plain)
-    gradients = Gradients(rt, model.parameters(), args.shard)
-    share = accumulation * (1 if args.shard else rt.world)
-    work = functools.partial(training_pass, model, loss_terms, scaler, args, share)
+    # The pass
+    graphs, gradients = Graphs(rt, compiled), Gradients(rt, model.parameters())
+    work = functools.partial(training_pass, model, loss_terms, scaler, args, accumulation * rt.world)
 
     def evaluate():
         graphs.forget()
@@ -193,9 +190,8 @@ def main():
             if val_codes:
                 pre, post = validation_losses(rt, model, val_codes, args)
                 run.note(val_loss=pre + post, val_cross_entropy_pre=pre, val_cross_entropy_post=post)
-            drawing = unsharded(rt, model)
             if rt.main:
-                run.save_samples(draw_samples(rt, drawing, tokenizer, args), columns=4)
+                run.save_samples(draw_samples(rt, model, tokenizer, args), columns=4)
         rt.barrier()
         model.train()
 
@@ -227,8 +223,7 @@ def main():
         if run.due(args.log_every):
             # In float64, so that the same numbers are logged whatever the number of processes
             pre, post = (rt.reduce(torch.stack(terms).cpu().double().mean(0)) / rt.world).tolist()
-            norm = full(norm).item()
-            run.line(loss=pre + post, cross_entropy_pre=pre, cross_entropy_post=post, grad_norm=norm, lr=lr)
+            run.line(loss=pre + post, cross_entropy_pre=pre, cross_entropy_post=post, grad_norm=norm.item(), lr=lr)
         if run.due(args.save_every) or run.due(args.eval_every) or run.leaving:
             run.save()  # before the evaluation: what goes wrong there loses no step
         if run.due(args.eval_every):
@@ -245,16 +240,14 @@ def validation_losses(rt, model, codes, args):
     count = min(args.eval_pictures, len(codes))
     mine = torch.linspace(0, len(codes) - 1, count).long().tensor_split(rt.world)[rt.rank].tolist()
     sums, number = torch.zeros(2, dtype=torch.float64), 0
-    for first in range(0, math.ceil(count / rt.world), args.micro_batch):
+    for first in range(0, len(mine), args.micro_batch):
         entries = [(0, index) for index in mine[first : first + args.micro_batch]]
-        # A sharded model needs all ranks in every forward: one with no picture left takes any, counting none.
-        counted, entries = len(entries), entries or [(0, 0)]
         indices, labels = (part.to(rt.device) for part in codes.batch(entries, args.seed))
         sub_indices = split_indices(indices, model.config.factorized_bits)
         with runtime.autocast(rt.device, args.precision):
             logits = model(sub_indices, labels)
-        sums += torch.stack(cross_entropies(logits, sub_indices)).cpu().double() * counted
-        number += counted
+        sums += torch.stack(cross_entropies(logits, sub_indices)).cpu().double() * len(entries)
+        number += len(entries)
     *sums, number = rt.reduce([*sums.tolist(), number])
     return [value / number for value in sums]
 
@@ -262,16 +255,17 @@ def validation_losses(rt, model, codes, args):
 @torch.no_grad()
 def draw_samples(rt, model, tokenizer, args):
     """uint8 pictures, or clips, of up to 8 classes, 4 samples each, drawn as sample.py would for showing."""
-    classes = model.config.num_classes
+    classes, images = model.config.num_classes, []
     labels = torch.linspace(0, classes - 1, min(8, classes)).long().repeat_interleave(4).to(rt.device)
     rt.place(tokenizer)
     with runtime.autocast(rt.device, args.precision):
-        indices = model.generate(labels, (4.0, 4.0), (1.0, 1.0), (0, 0), (0.96, 0.96), list(range(len(labels))))
-        fast.forget(model)  # decoding and training need the memory
-        parts = indices.unflatten(1, model.config.shape).split(4)
-        images = torch.cat([data.to_uint8(tokenizer.decode(part)).cpu() for part in parts])
+        for first in range(0, len(labels), 4):  # few at once: weights, gradients and Adam's means stay
+            some, seeds = labels[first : first + 4], range(first, first + 4)
+            indices = model.generate(some, (4.0, 4.0), top_p=(0.96, 0.96), seeds=seeds)
+            images.append(data.to_uint8(tokenizer.decode(indices.unflatten(1, model.config.shape))).cpu())
+    fast.forget(model)  # training needs the memory
     tokenizer.cpu()
-    return images
+    return torch.cat(images)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ def add_run_flags(arguments, out, log_every, evaluated, eval_pictures):
     add("--steps", type=at_least(0), help="length of the run in steps instead, where not 0")
     add = arguments.add_argument_group("speed").add_argument
     add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
-    graphs = "compile what pays, and replay passes as CUDA graphs unless --global-entropy, --shard or "
-    graphs += "--checkpoint-activations forbids it; default: on a GPU, for runs of 500 steps or more"
+    graphs = "compile what pays, and replay passes as CUDA graphs unless --global-entropy forbids it; "
+    graphs += "default: on a GPU, for runs of 500 steps or more"
     add("--compile", action=argparse.BooleanOptionalAction, help=graphs)
     add = arguments.add_argument_group("output").add_argument
     add("--out", default=out, help="the run's folder")
@@ -158,8 +158,7 @@ class Run:
             to_picture(sheet).save(file, "PNG")
 
     def _watch(self, *tensors):
-        for tensor in tensors:  # of a sharded one this rank's part; `_check_finite` asks all ranks
-            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        for tensor in tensors:
             bad = ~torch.isfinite(tensor.detach()).all() & (self.first_bad < 0)
             self.first_bad.masked_fill_(bad, self.step)
 

@@ -18,14 +18,13 @@ import torch.distributed as dist
 class Gradients:
     """The gradients of some parameters: cleared, added up by backward passes, exchanged between processes.
 
-    Of one process alone, and of sharded parameters (FSDP2 exchanges them itself, in every pass), they are autograd's
-    own. Otherwise they are views of one buffer, whose sum over processes is one all-reduce; so a loss has to be divided
-    by the number of all processes' micro-batches. The exchange comes after the last backward pass: beside it, it would
+    Of one process alone they are autograd's own. Otherwise they are views of one buffer, whose sum over processes is one
+    all-reduce; so a loss has to be divided by the number of all processes' micro-batches. The exchange comes after the last backward pass: beside it, it would
     slow the matrix products down by what it saves."""
 
-    def __init__(self, rt, parameters, sharded=False):
+    def __init__(self, rt, parameters):
         self.parameters, self.buffer = list(parameters), None
-        if rt.world > 1 and not sharded:
+        if rt.world > 1:
             self.buffer = torch.zeros(sum(p.numel() for p in self.parameters), device=rt.device)
             parts = self.buffer.split([p.numel() for p in self.parameters])
             for parameter, part in zip(self.parameters, parts, strict=True):

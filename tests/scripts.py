@@ -41,7 +41,7 @@ def server():
     several."""
     context = multiprocessing.get_context("forkserver")
     scripts = ["train_tokenizer", "train_ar", "encode", "sample", "eval_tokenizer"]
-    context.set_forkserver_preload([*scripts, "torch.utils.tensorboard", "torch.distributed.fsdp", "torch._dynamo"])
+    context.set_forkserver_preload([*scripts, "torch.utils.tensorboard", "torch._dynamo"])
     before = dict(os.environ)
     os.environ.update(environment())
     context.Process(target=int).start()  # the server takes the environment of this moment

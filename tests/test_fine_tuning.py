@@ -340,17 +340,15 @@ def test_a_resumed_transformer_run_equals_an_uninterrupted_one(codes, transforme
         assert "init of other contents; use" in line
 
 
-def test_sharded_fine_tuning_equals_plain(codes, transformer, tmp_path):
+def test_fine_tuning_of_two_processes_equals_one(codes, transformer, tmp_path):
     flags = ["--codes", codes["ABCDE"], "--init", transformer, "--steps", 2]
     stage_2(tmp_path / "plain", *flags)
     stage_2(tmp_path / "two", *flags, processes=2)
-    stage_2(tmp_path / "sharded", *flags, "--shard", processes=2)
     plain = state_at(tmp_path / "plain", 2)["model"]
-    for name in ("two", "sharded"):
-        for line, other in zip(log_lines(tmp_path / name), log_lines(tmp_path / "plain"), strict=True):
-            assert line == pytest.approx(other, rel=1e-5), name
-        for entry, value in state_at(tmp_path / name, 2)["model"].items():
-            assert (value - plain[entry]).norm() <= 1e-5 * plain[entry].norm(), (name, entry)
+    for line, other in zip(log_lines(tmp_path / "two"), log_lines(tmp_path / "plain"), strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
+    for entry, value in state_at(tmp_path / "two", 2)["model"].items():
+        assert (value - plain[entry]).norm() <= 1e-5 * plain[entry].norm(), entry
 
 
 # ----------------------------------------------------------------------------------------------------------------------

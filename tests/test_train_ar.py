@@ -7,10 +7,11 @@ import pytest
 import torch
 from scripts import Forked, assert_equal, fails_with_one_line, log_lines, names_in, run, start, wait_for
 
-from ar_model import load_ar
+from ar_model import ARConfig, ARTransformer, cross_entropies, load_ar
 from checkpoint import read_weights, write_atomically
 from data import open_codes
 from tokenizer import TOKENIZER_SIZES, Tokenizer
+from train_ar import rerun_in_backward
 
 # 8 steps of a small transformer, with class dropout and dropout; two micro-batches a step.
 TINY = "--width 32 --heads 2 --spatial-layers 2 --intra-layers 1 --dropout 0.1 --global-batch 8 --micro-batch 4"
@@ -99,83 +100,31 @@ def test_two_processes_equal_two_micro_batches(whole, flags, tmp_path):
         assert (ours[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-@pytest.fixture(scope="module")
-def sharded(flags, tmp_path_factory):
-    """The same run, spread over two processes."""
-    out = tmp_path_factory.mktemp("sharded")
-    run("train_ar.py", *flags, "--shard", "--save-every", 7, "--out", out, processes=2)
-    return out
+def test_checkpointed_blocks_run_twice_with_the_same_gradients():
+    config = ARConfig(32, 2, 2, 1, grid=4, num_classes=5)
+    found, calls = [], []
+    for rerun in (False, True):
+        torch.manual_seed(0)
+        model = ARTransformer(config).train()
+        for head in model.head:  # zero heads would hide all gradients below them
+            torch.nn.init.normal_(head.weight, std=0.02)
+        blocks = [*model.spatial_blocks, *model.factorized_blocks]
+        for block in blocks if rerun else []:
+            rerun_in_backward(block)
+            block.attention.register_forward_hook(lambda *_: calls.append(1))
+        tokens = torch.randint(64, (3, 16)), torch.randint(4096, (3, 16))
+        sum(cross_entropies(model(tokens, torch.tensor([0, 4, 2])), tokens)).backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+    assert len(calls) == 2 * len(blocks)
+    assert_equal(*found)
+    model.generate(torch.tensor([1]), max_tokens=2)  # needs no gradient: nothing runs twice
+    assert len(calls) == 2 * len(blocks) + 2 * config.spatial_layers + 2 * 2 * config.intra_layers
 
 
-def assert_close(ours, theirs, path=""):
-    """The same names, numbers, shapes and types; tensors within 1e-5 of their norm, Adam's squares by their root.
-
-    All gradients are scaled by one norm, of 100,000 entries, and torch's own float32 norm is off by some 4e-6 there,
-    differently so over the halves of two processes; squares have twice that.
-    """
-    assert type(ours) is type(theirs), path
-    if isinstance(theirs, torch.Tensor):
-        if path.endswith("exp_avg_sq"):
-            ours, theirs = ours.sqrt(), theirs.sqrt()
-        assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device), path
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), path
-    elif isinstance(theirs, dict):
-        assert list(ours) == list(theirs), path
-        for key in theirs:
-            assert_close(ours[key], theirs[key], f"{path}.{key}")
-    else:
-        assert ours == theirs, path
-
-
-def without_flags(state):
-    settings = {k: v for k, v in state["settings"].items() if k not in {"shard", "save_every", "out"}}
-    return {**state, "settings": settings}
-
-
-def test_a_sharded_run_equals_a_plain_one(whole, sharded):
-    assert_close(without_flags(final(sharded)), without_flags(final(whole)))
-    for line, other in zip(log_lines(sharded), log_lines(whole), strict=True):
-        norms = [values.pop("grad_norm", 0) for values in (line, other)]
-        assert norms[0] == pytest.approx(norms[1], rel=2e-5)
-        assert line == pytest.approx(other, rel=1e-5)
-    ours, theirs = (sorted((folder / "samples").iterdir()) for folder in (sharded, whole))
-    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
-
-
-def test_sharded_gradients_accumulate(flags, tmp_path):
-    smaller = [*flags, "--micro-batch", 2, "--steps", 3, "--eval-every", 9, "--save-every", 9]
-    run("train_ar.py", *smaller, "--out", tmp_path / "plain")
-    done = run("train_ar.py", *smaller, "--shard", "--out", tmp_path / "sharded", processes=2)
-    assert "2 process(es) x 2 x 2 accumulated" in done.stdout
-    ours, theirs = (read_weights(tmp_path / name / "step_00000003.pt") for name in ("sharded", "plain"))
-    assert_close(ours["model"], theirs["model"])
-    assert_close(ours["optimizer"], theirs["optimizer"])
-
-
-def test_a_sharded_run_goes_on_in_one_process(whole, sharded, flags, tmp_path):
-    shutil.copy(sharded / "step_00000007.pt", tmp_path)
-    assert "at step 7" in run("train_ar.py", *flags, "--out", tmp_path).stdout
-    assert_close(without_flags(final(tmp_path)), without_flags(final(whole)))
-
-
-def test_a_plain_run_goes_on_sharded(whole, flags, tmp_path):
-    shutil.copy(whole / "step_00000007.pt", tmp_path)
-    assert "at step 7" in run("train_ar.py", *flags, "--shard", "--out", tmp_path, processes=2).stdout
-    assert_close(without_flags(final(tmp_path)), without_flags(final(whole)))
-
-
-def test_samples_of_a_sharded_run(sharded, tmp_path):
-    run("sample.py", "--model", sharded, "--classes", "0,2", "--out", tmp_path / "samples.png")
-    assert (tmp_path / "samples.png").exists()
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_checkpointed_activations_change_nothing(processes, whole, sharded, flags, tmp_path):
-    more = ["--checkpoint-activations", "--save-every", 7] + ["--shard"] * (processes == 2)
-    run("train_ar.py", *flags, *more, "--out", tmp_path, processes=processes)
-    plain = final(sharded if processes == 2 else whole)
-    assert_equal(final(tmp_path)["model"], plain["model"])
-    assert_equal(final(tmp_path)["optimizer"], plain["optimizer"])
+def test_checkpointed_activations_change_nothing(whole, flags, tmp_path):
+    run("train_ar.py", *flags, "--checkpoint-activations", "--save-every", 7, "--out", tmp_path)
+    assert_equal(final(tmp_path)["model"], final(whole)["model"])
+    assert_equal(final(tmp_path)["optimizer"], final(whole)["optimizer"])
 
 
 def _compile_without_a_compiler():
@@ -204,7 +153,6 @@ def test_dropout_is_a_function_of_the_seed(whole, flags, tmp_path):
         (["--pre-bits", "18"], "factorized_bits"),
         (["--epochs", "x"], "--epochs"),
         (["--steps", "0", "--epochs", "0"], "both 0"),
-        (["--shard"], "launch with torchrun"),
     ],
 )
 def test_wrong_flags_end_in_one_line(flags, tmp_path, wrong, words):
