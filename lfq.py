@@ -40,10 +40,10 @@ def split_indices(indices, factorized_bits=(6, 12)):
 
 def merge_indices(sub_indices, factorized_bits=(6, 12)):
     """Undo `split_indices`: for (6, 12), pre + 64 * post; int64."""
-    index = torch.zeros_like(sub_indices[0], dtype=torch.int64)
+    indices = torch.zeros_like(sub_indices[0], dtype=torch.int64)
     for part, bits in zip(reversed(sub_indices), reversed(factorized_bits), strict=True):
-        index = (index << bits) + part
-    return index
+        indices = (indices << bits) + part
+    return indices
 
 
 class ExactProduct(torch.autograd.Function):
@@ -63,7 +63,8 @@ class ExactProduct(torch.autograd.Function):
 
 
 def pattern_probabilities(p, q):
-    """Of + and - with probabilities p and q, (N, k): those of all patterns, (N, 2^k); pattern j's sign i is bit i."""
+    """Probabilities of all 2^k sign patterns, (N, 2^k), from each sign's to be + (p) and - (q), (N, k). Sign i of
+    pattern j is bit i of j."""
     half = p.shape[1] // 2
     if half == 0:
         return torch.cat([q, p], 1) if p.shape[1] else p.new_ones(len(p), 1)
@@ -76,19 +77,17 @@ def entropy_terms(z, temperature=0.01, eps=1e-5, global_batch=False):
 
     The assignment of a token is softmax over codes c of 2 z.c / temperature. It factorises over bits: bit i is +1 with
     probability p_i = sigmoid(4 z_i / temperature), independently. So a token's entropy is the sum of K binary
-    entropies, and the mean assignment over tokens is one matrix product of two halves' tables,
-    (2^(K/2), N) x (N, 2^(K/2)).
+    entropies, and the mean assignment is a matrix product of two halves' tables, (2^(K/2), N) x (N, 2^(K/2)).
 
     z: (N, K) latents. Returns two scalars, in nats: `sample_entropy`, mean over tokens; `codebook_entropy`, -sum_c
     pbar_c log(pbar_c + eps) of the mean assignment pbar (with eps = 1e-5 it tops out at 11.19, not 12.48, for K = 18:
     as published). Computed in float64 on a CPU, elsewhere in float32 at least, whatever autocast says. (In float32 the
     gradient of their difference is off by up to percents where tokens are few.)
-
     global_batch: pbar is the mean over the tokens of all processes, each of which must call this with equally many. The
     gradient is then right once it is averaged over processes, as training does."""
     wide = torch.float64 if z.device.type == "cpu" else torch.float32
     logits = z.to(torch.promote_types(z.dtype, wide)) * (4 / temperature)
-    # Both from the logit, and by their logarithms: exact, with their gradients, also where p or q rounds to 1.
+    # p and q = 1 - p by their logarithms: exact, with their gradients, also where one of them rounds to 1.
     log_p, log_q = logsigmoid(logits), logsigmoid(-logits)
     p, q = log_p.exp(), log_q.exp()
     sample_entropy = -(p * log_p + q * log_q).sum(1).mean()
@@ -109,11 +108,11 @@ class LFQ(nn.Module):
     """The quantizer. It has no parameters.
 
     Called on z (B, K, h, w); returns
-    - `quantized` (B, K, h, w): +1 where z > 0, else -1; the gradient passes straight through to z;
+    - `quantized` (B, K, h, w): +1 where z > 0, else -1; its gradient passes straight through to z;
     - `indices` (B, h, w) int64, little-endian;
     - `losses`: scalars `sample_entropy`, `codebook_entropy`, `entropy` (their difference) and `commitment`
       (mean of (z - sign)^2, target detached). All zero in eval mode.
-    `global_batch`, off unless set: codebook entropy of all processes' tokens, see `entropy_terms`."""
+    Set `global_batch` for the codebook entropy of all processes' tokens, see `entropy_terms`."""
 
     def __init__(self, bits=18, temperature=0.01, eps=1e-5):
         super().__init__()
@@ -123,11 +122,11 @@ class LFQ(nn.Module):
         signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
         pixels = z.movedim(1, -1)  # (B, K, h, w) -> (B, h, w, K)
         dtype = torch.promote_types(z.dtype, torch.float32)
-        sample = codebook = commitment = z.new_zeros((), dtype=dtype)
+        sample = codebook = commitment = z.new_zeros(())
         if self.training:
             tokens = pixels.reshape(-1, self.bits)  # (B, h, w, K) -> (N, K)
             sample, codebook = entropy_terms(tokens, self.temperature, self.eps, self.global_batch)
             commitment = (z.to(sample.dtype) - signs).square().mean()
         losses = {"entropy": sample - codebook, "sample_entropy": sample, "codebook_entropy": codebook}
         losses = {name: value.to(dtype) for name, value in (losses | {"commitment": commitment}).items()}
-        return z + (signs - z).detach(), codes_to_indices(pixels), losses
+        return z + (signs - z).detach(), codes_to_indices(pixels), losses  # straight through: the gradient of z alone

@@ -3,7 +3,7 @@
     generator      mean(|x - y| + LPIPS(x, y)) + 0.1 * GAN + 0.1 * entropy + 0.25 * commitment
     discriminator  hinge(D(x), D(y)) + w * LeCAM          w = 0.05 at 256, 0.01 at 128
 
-x image, y unclamped reconstruction, both (B, 3, H, W) in [-1, 1]. All terms from the first step on. Of videos x and y
+x image, y unclamped reconstruction, both (B, 3, H, W) in [-1, 1]. All terms from the first step on. For videos, x and y
 are clips (B, 3, T, H, W), LPIPS goes frame by frame, D is a PatchDiscriminator3D, and the weight of GAN is 0.3."""
 
 import itertools
@@ -64,7 +64,7 @@ class _Backbone(nn.Module):
 
 
 class _ScalingLayer(nn.Module):
-    """From [-1, 1] to the backbones' input statistics."""
+    """Pictures (B, 3, H, W) in [-1, 1], brought to the statistics that the backbones were trained on."""
 
     def __init__(self):
         super().__init__()
@@ -93,10 +93,8 @@ class LPIPS(nn.Module):
 
     def forward(self, x, y):
         taps_x, taps_y = self.net(self.scaling_layer(x)), self.net(self.scaling_layer(y))
-        distance = 0
-        for i, (a, b) in enumerate(zip(taps_x, taps_y, strict=True)):
-            distance = distance + tap_distance(a, b, getattr(self, f"lin{i}")["model"][1].weight)
-        return distance
+        weights = [getattr(self, f"lin{i}")["model"][1].weight for i in range(5)]
+        return sum(map(tap_distance, taps_x, taps_y, weights))
 
 
 def tap_distance(a, b, weight):
@@ -111,9 +109,9 @@ def tap_distance(a, b, weight):
 
 def load_lpips(network="vgg", path=None, maybe=None):
     """LPIPS with its published weights.
-    path: a file that holds them all (a released tokenizer file, for "vgg", or a saved state dict of `LPIPS`); None: the
-    file `maybe`, where it is a released tokenizer's, or else torchvision's backbone and the v0.1 heads, downloaded once
-    into torch's hub cache. Raises UserError naming the file or, offline, the address and where to put it."""
+    path: a file that holds them all: a released tokenizer file (for "vgg"), or a saved state dict of `LPIPS`. None: the
+    file `maybe`, if it is a released tokenizer's; else torchvision's backbone and the v0.1 heads, downloaded once into
+    torch's hub cache. Raises UserError naming the file or, offline, the address and where to put it."""
     if path is None and maybe and "loss.perceptual_loss.lin0.model.1.weight" in entries_of(read_weights(maybe), maybe):
         path = maybe
     with torch.device("meta"):
@@ -143,18 +141,10 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, conv=nn.Conv2d, norm=nn.BatchNorm2d, kernel=4, strides=(2, 2, 2, 1, 1)):
         super().__init__()
-
-        def block(c_in, c_out, stride):
-            return conv(c_in, c_out, kernel, stride, padding=1, bias=False), norm(c_out), nn.LeakyReLU(0.2)
-
-        self.main = nn.Sequential(
-            conv(3, 64, kernel, strides[0], padding=1),
-            nn.LeakyReLU(0.2),
-            *block(64, 128, strides[1]),
-            *block(128, 256, strides[2]),
-            *block(256, 512, strides[3]),
-            conv(512, 1, kernel, strides[4], padding=1),
-        )
+        layers = [conv(3, 64, kernel, strides[0], padding=1), nn.LeakyReLU(0.2)]
+        for c_in, stride in zip((64, 128, 256), strides[1:4], strict=True):
+            layers += [conv(c_in, 2 * c_in, kernel, stride, padding=1, bias=False), norm(2 * c_in), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, conv(512, 1, kernel, strides[4], padding=1))
         for layer in self.main:
             if isinstance(layer, conv):
                 nn.init.normal_(layer.weight, 0, 0.02)
@@ -166,7 +156,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class PatchDiscriminator3D(PatchDiscriminator):
-    """The same of clips (B, 3, T, H, W) -> (B, 1, T/4, H/8, W/8), each rounded up."""
+    """The same for clips: (B, 3, T, H, W) -> one logit a patch, (B, 1, T/4, H/8, W/8), each rounded up."""
 
     def __init__(self):
         super().__init__(nn.Conv3d, nn.BatchNorm3d, kernel=3, strides=(2, 2, (1, 2, 2), 1, 1))
@@ -179,21 +169,21 @@ def load_discriminator(path, kind=PatchDiscriminator):
     states = [entries.get("discriminator"), entries.get("discriminator_ema")]  # of a file of ours
     if states[0] is None:
         state = {n.removeprefix(prefix): v for n, v in entries.items() if n.startswith(prefix + "main.")}
-        # Released files: an average is named like its parameter with every dot removed; BatchNorm's statistics have none.
+        # Released files: an average is named like its parameter, without dots; BatchNorm's statistics have none.
         average = {n: entries.get("model_ema." + (prefix + n).replace(".", ""), v) for n, v in state.items()}
         states = [state, average] if state else []
     discriminators = [kind() for _ in states]
     for discriminator, state in zip(discriminators, states):
         weight = isinstance(state, dict) and state.get("main.0.weight")
         if getattr(weight, "ndim", None) == 9 - discriminator.main[0].weight.ndim:
-            return []  # of images where one of videos is wanted, or the other way round
+            return []  # it is for images and one for videos is wanted, or the reverse
         match(state, discriminator.state_dict(), path, "a PatchGAN discriminator")
         discriminator.load_state_dict(state)
     return discriminators
 
 
 class LeCAM(nn.Module):
-    """Regularizer that holds D's logits near running means of the other kind's (arXiv 2104.03310).
+    """Keeps D's logits of real images near the running mean of those of fakes, and the reverse (arXiv 2104.03310).
 
     `real` and `fake` are the running means of D(x) and D(y), from 0. Each micro-batch's term uses the means advanced by
     its own logits; `advance` then moves the stored pair once a step, by the logits' mean over all micro-batches and
@@ -235,7 +225,7 @@ def generator_loss(x, y, quantizer, lpips=None, discriminator=None, gan_weight=0
         terms["lpips"] = lpips(*(images.movedim(1, -3).flatten(0, -4) for images in (x, y))).mean()
         loss = loss + terms["lpips"]
     if discriminator is not None:
-        logits = _wide(discriminator(y))  # (B, 1, h, w), of clips (B, 1, t, h, w)
+        logits = _wide(discriminator(y))  # (B, 1, h, w); for clips (B, 1, t, h, w)
         terms["gan"] = softplus(-logits.flatten(1).mean(1)).mean()  # non-saturating, of each image's mean logit
         loss = loss + gan_weight * terms["gan"]
     loss = loss + entropy_weight * quantizer["entropy"] + 0.25 * quantizer["commitment"]

@@ -60,8 +60,8 @@ TOKENIZER_SIZES = {
     "128_L": TokenizerConfig(128, (1, 2, 2, 4), 4),
     "256_L": TokenizerConfig(128, (1, 1, 2, 2, 4), 4),
 }
-# Of a VideoTokenizer. video_128 is the released one. video_tiny, ours, is 64 wide: GroupNorm's 32 groups take away much of
-# the colours where each channel is one.
+# Of a VideoTokenizer: video_128 is the released one. video_tiny, ours, is 64 wide: with 32 channels, each would be one
+# of GroupNorm's 32 groups, which takes away much of the colours.
 VIDEO_SIZES = {"video_tiny": TokenizerConfig(32, (2, 2), 1), "video_128": TokenizerConfig(128, (1, 2, 2, 4), 4)}
 
 HUB = "https://huggingface.co/TencentARC"
@@ -206,11 +206,12 @@ class Tokenizer(nn.Module):
 
 # --- Reading files ----------------------------------------------------------------------------------------------------
 def load_tokenizer(path_or_name, ema=True):
-    """A Tokenizer in eval mode, on the CPU, from a released name (of a tokenizer, "256_L", or a transformer, "B"), a
-    released tokenizer or transformer file, this project's own file or run folder, or a bare state dict of any of these;
-    a VideoTokenizer, if the entries are those of one ("video_128"). A transformer's is the one it was trained with, as
-    it stands. ema: the moving average of the weights, where the file has one; False: the training weights. Raises
-    UserError naming the file and the entries at fault; nothing is ever loaded in part."""
+    """A Tokenizer in eval mode, on the CPU; a VideoTokenizer, if the entries are those of one ("video_128").
+
+    path_or_name: a released name (of a tokenizer, "256_L", or of a transformer, "B", which carries the tokenizer that
+    it was trained with), a released file, this project's own file or run folder, or a bare state dict of any of these.
+    ema: the moving average of the weights, where the file has one; False: the training weights. Raises UserError naming
+    the file and the entries at fault; nothing is ever loaded in part."""
     path = locate(path_or_name, RELEASED)
     with reading(path, "a tokenizer file"):
         content = read_weights(path)
@@ -220,7 +221,7 @@ def load_tokenizer(path_or_name, ema=True):
 
 
 def own_tokenizer(content, path, ema=True):
-    """The Tokenizer of this project's own file of either stage; of stage II's, the one it was trained with."""
+    """The Tokenizer in this project's own file: of stage I, or of stage II, with the one that it was trained with."""
     try:
         if content["kind"] == "tokenizer":
             config, state = content["config"], content["tokenizer"]
@@ -235,7 +236,7 @@ def own_tokenizer(content, path, ema=True):
     return tokenizer_from_entries(state, path, config)
 
 
-# What else a released tokenizer file holds: LPIPS, and the discriminator (of those pretrained at scale, another one).
+# What else a released tokenizer file holds: LPIPS, and a discriminator (another one in those pretrained at scale).
 _OF_TRAINING = re.compile(
     r"loss\.perceptual_loss\.(scaling_layer\.(shift|scale)|net\.slice[1-5]\.\d+\.(weight|bias)|lin[0-4]\.model\.1\.weight)"
     r"|loss\.discriminator\.main\.\d+\.(weight|bias|running_mean|running_var|num_batches_tracked)"
@@ -270,8 +271,8 @@ def entries_under(prefix, entries):
 
 
 def tokenizer_from_entries(entries, source, config=None):
-    """A Tokenizer, or VideoTokenizer, in eval mode from its `encoder.*` and `decoder.*` entries; which and of what size
-    is read off their names and shapes. Raises UserError naming `source`, the entries at fault and the size."""
+    """A Tokenizer or VideoTokenizer, in eval mode, from its `encoder.*` and `decoder.*` entries, whose names and shapes
+    tell which and of what size. Raises UserError naming `source`, the entries at fault and the size."""
     video = any(".conv_1." in str(name) for name in entries)
     config = config or config_of(entries, source, video)
     kind, sizes = (VideoTokenizer, VIDEO_SIZES) if video else (Tokenizer, TOKENIZER_SIZES)
@@ -280,7 +281,7 @@ def tokenizer_from_entries(entries, source, config=None):
 
 def model_from_entries(model_class, config, sizes, entries, source, what):
     """A model in eval mode, float32, whose state dict is `entries`. sizes: the configurations that have a name."""
-    with torch.device("meta"):  # no memory and no time for an initialisation that is replaced
+    with torch.device("meta"):  # spends no time and no memory on weights that are replaced at once
         model = model_class(config)
     size = next((name for name, size in sizes.items() if size == config), config)
     match(entries, model.state_dict(), source, f"the {size} {what}")
