@@ -34,13 +34,19 @@ from video_tokenizer import VideoTokenizer, inflate
 # The paper's settings for 256_L and 128_L.
 PAPER = {"global_batch": 256, "micro_batch": 8, "lr": 1e-4, "ema": 0.999, "steps": 0}
 PAPER |= {"lpips": "published", "gan_weight": 0.1, "entropy_weight": 0.1}
-# Ours: legible glyphs in minutes on a CPU. LPIPS and the discriminator are many times larger than this tokenizer.
+# Ours: legible glyphs in minutes on a CPU, so without LPIPS and D, each many times larger than this tokenizer.
 TINY = {"size": 32, "global_batch": 16, "micro_batch": 16, "lr": 7e-4, "ema": 0.98, "steps": 550, "epochs": 0}
 TINY |= {"lr_drops": [], "lpips": "none", "gan_weight": 0.0, "lecam_weight": 0.0, "entropy_weight": 0.03}
-# The released settings of video_128; in epochs of UCF-101's first training split, of 75 steps.
+# The released settings of video_128. An epoch of UCF-101's first training split has 75 steps.
 VIDEO = {**PAPER, "data": "moving-glyphs", "size": 128, "frames": 17, "global_batch": 128, "micro_batch": 2}
-VIDEO |= {"epochs": 2000, "lr_drops": [], "warmup_epochs": 2, "cosine_to": 0.01}
-VIDEO |= {"gan_weight": 0.3, "lecam_weight": 0.05}
+VIDEO |= {
+    "epochs": 2000,
+    "lr_drops": [],
+    "warmup_epochs": 2,
+    "cosine_to": 0.01,
+    "gan_weight": 0.3,
+    "lecam_weight": 0.05,
+}
 VIDEO_TINY = {**TINY, "data": "moving-glyphs", "size": 24, "frames": 5, "global_batch": 4, "micro_batch": 4}
 VIDEO_TINY |= {"steps": 480, "eval_pictures": 200}
 PRESETS = {
@@ -55,20 +61,16 @@ for name, preset in PRESETS.items():
     preset |= {"channels": size.channels, "multipliers": list(size.channel_multipliers)}
     preset |= {"blocks": size.blocks_per_level, "bits": size.bits}
 
-# Settings that a resumed run may change freely. They leave the weights alone, up to rounding; but for the micro-batch,
-# over which codebook entropy and BatchNorm go, and which the memory at hand may dictate.
+# Settings that a resumed run may change: they leave the weights alone, up to rounding. Of --data and --init the contents
+# are compared. The micro-batch does matter (codebook entropy and BatchNorm go over it), but must fit the memory at hand.
 MAY_CHANGE = {"out", "workers", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
-MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset", "data", "init"}  # contents are compared
+MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset", "data", "init"}
 
 
 def parse(argv=None):
     arguments = runtime.parser(__doc__)
     add = arguments.add_argument_group("data").add_argument
-    add(
-        "--data",
-        default="glyphs",
-        help="folder of any depth; or built in: glyphs[:COUNT[:CLASSES]], moving-glyphs[...]",
-    )
+    add("--data", default="glyphs", help="folder, of any depth; or built in: [moving-]glyphs[:COUNT[:CLASSES]]")
     add("--val-data", help="the same, for PSNR and the reconstruction pictures; --data where it is not given")
     add("--size", type=at_least(1), help="side of the training crops, pixels")
     add("--frames", type=at_least(0), default=0, help="frames a clip, for a tokenizer of videos; 0: pictures")
@@ -110,8 +112,8 @@ def learning_rate(args, step, epoch_steps, total):
 
 
 def generator_pass(tokenizer, discriminator, lpips, scaler, args, share, images):
-    """Forward and backward of one micro-batch, uint8 (b, 3, S, S) or (b, 3, T, S, S), for the generator: adds to
-    its gradients the loss over `share`, the number of micro-batches a step adds up. Returns y and the terms of the
+    """The generator's forward and backward on one micro-batch, uint8 (b, 3, S, S) or (b, 3, T, S, S). Adds to its
+    gradients those of loss / share, where `share` is the number of micro-batches a step. Returns y and the terms of the
     loss, detached. discriminator, lpips: None leaves that term out. Of args: precision, gan_weight, entropy_weight."""
     if discriminator:
         discriminator.requires_grad_(False)  # D scores y but gets no gradient of its own
@@ -124,8 +126,8 @@ def generator_pass(tokenizer, discriminator, lpips, scaler, args, share, images)
 
 
 def discriminator_pass(discriminator, lecam, scaler, args, share, images, y):
-    """The same for D, on the images and the y that the generator made of them: adds to D's gradients, and returns the
-    terms of its loss. Of args: precision, lecam_weight."""
+    """The same for D, on the images and the generator's y of them: adds to D's gradients and returns the terms of its
+    loss. Of args: precision, lecam_weight."""
     discriminator.requires_grad_(True)
     with runtime.autocast(images.device, args.precision):
         real, fake = discriminator(data.to_float(images)), discriminator(y)  # apart, for BatchNorm
@@ -140,8 +142,8 @@ def main():
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
     accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
-    # Try out convolution algorithms: few shapes, run often. Each process may find another one the fastest, so scripts
-    # that make codes, pictures or published metrics don't; validation's figures here may move in their last digits.
+    # Training repeats few shapes many times, so trying out convolution algorithms pays. It is not for codes, pictures and
+    # published metrics, as each process may find another one the fastest, whose last digits differ.
     torch.backends.cudnn.benchmark = True
 
     # Data
@@ -164,7 +166,8 @@ def main():
                 raise UserError(f"{init_path} is a tokenizer of videos: give --frames, or one of images")
         for part, discriminator in zip(init, losses.load_discriminator(init_path, judge)):
             part["discriminator"] = discriminator
-        args.channels, [*args.multipliers], args.blocks, args.bits = astuple(init[0]["tokenizer"].config)  # a list
+        args.channels, multipliers, args.blocks, args.bits = astuple(init[0]["tokenizer"].config)
+        args.multipliers = list(multipliers)
 
     # Models
     runtime.seed_everything(args.seed)
@@ -180,8 +183,8 @@ def main():
     tokenizer.quantizer.global_batch = args.global_entropy
     trained, lpips, discriminator = nn.ModuleDict({"tokenizer": tokenizer}), None, None
     if args.lpips != "none":
-        lpips = losses.load_lpips("vgg", None if args.lpips == "published" else args.lpips, maybe=init_path)
-        rt.place(lpips)
+        lpips_path = None if args.lpips == "published" else args.lpips
+        lpips = rt.place(losses.load_lpips("vgg", lpips_path, maybe=init_path))
     if args.gan_weight:
         discriminator = trained["discriminator"] = judge()
         if init and "discriminator" not in init[0]:
@@ -191,15 +194,12 @@ def main():
         part.load_state_dict(loaded.state_dict(), strict=False)  # only one of them may have a discriminator
     for part in (trained, average):
         rt.share_parameters(part.to(rt.device))
-        # Before optimizers are made: what is read beside a weight has to lie in memory as it does.
-        rt.place(part)
+        rt.place(part)  # before optimizers are made: their state has to lie in memory as the weights do
     lecam = losses.LeCAM().to(rt.device)
 
     # Optimizers
-    fused = rt.device.type == "cuda"
-    optimizers = {}
-    for name, module in trained.items():
-        optimizers[name] = torch.optim.Adam(module.parameters(), args.lr, betas=(0.5, 0.9), fused=fused)
+    adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.9), fused=rt.device.type == "cuda")
+    optimizers = {name: adam(module.parameters()) for name, module in trained.items()}
     scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
 
     # Resume
@@ -210,7 +210,7 @@ def main():
     settings["init_hash"] = bool(init) and hash_of(nn.ModuleList(init).state_dict())
     run = training.Run(rt, args, settings, MAY_CHANGE, saved, kind="tokenizer", config=asdict(config))
 
-    # Passes. The global entropy talks to other processes in them, which no graph may.
+    # Passes. No graph may talk to other processes, as the global entropy does.
     compiled = fast.compiles(rt.device, args.compile, total)
     if compiled:
         fast.compile(*(level.upsample for level in tokenizer.decoder.up[1:]), *([lpips] if lpips else []))
@@ -221,7 +221,7 @@ def main():
     discriminator_work = functools.partial(discriminator_pass, discriminator, lecam, scaler, args, share)
 
     def evaluate():
-        graphs.forget()
+        graphs.forget()  # an evaluation needs their memory
         run.note(**measure(rt, run, average["tokenizer"], val_pictures, args))
 
     trained.train()
@@ -282,8 +282,8 @@ def main():
 
 @torch.no_grad()
 def measure(rt, run, tokenizer, pictures, args):
-    """Mean PSNR per picture (dB, truncated uint8) and codebook use of the averaged weights over validation pictures,
-    shared out over ranks; the first eight, original above reconstruction, become a picture of the run."""
+    """Validation of the averaged weights, on pictures shared out over ranks: mean PSNR of a picture (dB, truncated
+    uint8), and the share of codes in use. The first eight, original above reconstruction, become a picture of the run."""
     count = min(args.eval_pictures, len(pictures))
     chosen = torch.linspace(0, len(pictures) - 1, count).long().tolist()  # spread over all classes
     batches = data.evaluation_batches(pictures, args.micro_batch, rt.rank, rt.world, args.workers, chosen)
@@ -297,7 +297,7 @@ def measure(rt, run, tokenizer, pictures, args):
             y, indices, _ = tokenizer(data.to_float(batch.images.to(rt.device)))
         rebuilt = data.to_uint8(y).cpu()
         shown = torch.cat([batch.images[:8], rebuilt[:8]]) if shown is None else shown
-        error = ((batch.images.double() - rebuilt.double()) / 255).square().flatten(1).mean(1)
+        error = ((batch.images.double() - rebuilt.double()) / 255).square().flatten(1).mean(1)  # (b,)
         psnr = -10 * error[error > 0].log10()  # an exact copy has no finite PSNR to average
         # float32 values add up exactly in float64: the same mean whatever the number of processes
         total += psnr.float().double().sum().item()
