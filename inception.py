@@ -8,7 +8,6 @@ evaluator and torch-fidelity, all generation numbers of the paper; "half-pixel" 
 
 Letters: B batch, C channels, H W pixels, h w feature map."""
 
-import functools
 from pathlib import Path
 
 import torch
@@ -49,14 +48,14 @@ class Mixed(nn.Module):
 
     def __init__(self, **branches):
         super().__init__()
-        self.branches = list(branches.values())
+        self.branches = [nn.Sequential(*layers) for layers in branches.values()]  # a list: adds no names of its own
         for name, layers in branches.items():
             convolutions = [layer for layer in layers if isinstance(layer, ConvNorm)]
             for number, layer in enumerate(convolutions, 1):
                 self.add_module(f"{name}_{number}" if len(convolutions) > 1 else name, layer)
 
     def forward(self, x):
-        return torch.cat([functools.reduce(lambda y, layer: layer(y), branch, x) for branch in self.branches], 1)
+        return torch.cat([branch(x) for branch in self.branches], 1)
 
 
 def mixed_5(c_in, pool_width):
@@ -80,22 +79,21 @@ def mixed_6a():
 
 def mixed_6(width):
     """(B, 768, 17, 17) -> the same; 7x7 convolutions as a pair of 1x7 and 7x1, `width` channels wide inside."""
-    branch7x7dbl = [ConvNorm(768, width), ConvNorm(width, width, (7, 1)), ConvNorm(width, width, (1, 7))]
-    branch7x7dbl += [ConvNorm(width, width, (7, 1)), ConvNorm(width, 192, (1, 7))]
+    pair = [ConvNorm(width, width, (7, 1)), ConvNorm(width, width, (1, 7))]
     return Mixed(
         branch1x1=[ConvNorm(768, 192)],
         branch7x7=[ConvNorm(768, width), ConvNorm(width, width, (1, 7)), ConvNorm(width, 192, (7, 1))],
-        branch7x7dbl=branch7x7dbl,
+        branch7x7dbl=[ConvNorm(768, width), *pair, ConvNorm(width, width, (7, 1)), ConvNorm(width, 192, (1, 7))],
         branch_pool=[average_pool, ConvNorm(768, 192)],
     )
 
 
 def mixed_7a():
     """(B, 768, 17, 17) -> (B, 1280, 8, 8)."""
-    branch7x7x3 = [ConvNorm(768, 192), ConvNorm(192, 192, (1, 7)), ConvNorm(192, 192, (7, 1))]
+    pair = [ConvNorm(192, 192, (1, 7)), ConvNorm(192, 192, (7, 1))]
     return Mixed(
         branch3x3=[ConvNorm(768, 192), ConvNorm(192, 320, 3, stride=2, same=False)],
-        branch7x7x3=[*branch7x7x3, ConvNorm(192, 192, 3, stride=2, same=False)],
+        branch7x7x3=[ConvNorm(768, 192), *pair, ConvNorm(192, 192, 3, stride=2, same=False)],
         branch_pool=[halving_pool],
     )
 
@@ -170,7 +168,7 @@ class InceptionV3(nn.Module):
 
 
 def network_input(pictures, convention):
-    """Pictures (B, 3, H, W) to what the network eats, (B, 3, 299, 299) in [-1, 1], by the named convention."""
+    """Pictures (B, 3, H, W) -> the network's input, (B, 3, 299, 299) in [-1, 1], by the named convention."""
     if convention == "tf1":
         if pictures.dtype != torch.uint8:
             raise ValueError(f'the "tf1" convention takes uint8 pictures, not {pictures.dtype}')
@@ -185,16 +183,15 @@ def network_input(pictures, convention):
 def resize_tf1(x, size):
     """Bilinear resize of TensorFlow 1: output i is taken at i * (in / out), without the half-pixel shift."""
 
-    def along(x, dim):
-        extent = x.shape[dim]
-        place = torch.arange(size, device=x.device) * (extent / size)
-        low = place.long()
-        high = (low + 1).clamp(max=extent - 1)
-        weight = (place - low).view([-1 if axis == dim else 1 for axis in range(4)])
-        a, b = x.index_select(dim, low), x.index_select(dim, high)
-        return a + (b - a) * weight  # in TensorFlow's order of operations, width first: equal to the last bit
+    def resize_width(x):
+        place = torch.arange(size, device=x.device) * (x.shape[-1] / size)
+        left = place.long()
+        right = (left + 1).clamp(max=x.shape[-1] - 1)
+        a, b = x[..., left], x[..., right]
+        return a + (b - a) * (place - left)
 
-    return along(along(x, 3), 2)
+    # In TensorFlow's order of operations, width first: equal to the last bit.
+    return resize_width(resize_width(x).mT).mT  # (B, 3, H, W) -> (B, 3, H, size) -> (B, 3, size, size)
 
 
 def load_inception(path=None):
