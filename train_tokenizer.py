@@ -39,14 +39,8 @@ TINY = {"size": 32, "global_batch": 16, "micro_batch": 16, "lr": 7e-4, "ema": 0.
 TINY |= {"lr_drops": [], "lpips": "none", "gan_weight": 0.0, "lecam_weight": 0.0, "entropy_weight": 0.03}
 # The released settings of video_128. An epoch of UCF-101's first training split has 75 steps.
 VIDEO = {**PAPER, "data": "moving-glyphs", "size": 128, "frames": 17, "global_batch": 128, "micro_batch": 2}
-VIDEO |= {
-    "epochs": 2000,
-    "lr_drops": [],
-    "warmup_epochs": 2,
-    "cosine_to": 0.01,
-    "gan_weight": 0.3,
-    "lecam_weight": 0.05,
-}
+VIDEO |= {"epochs": 2000, "lr_drops": [], "warmup_epochs": 2, "cosine_to": 0.01}
+VIDEO |= {"gan_weight": 0.3, "lecam_weight": 0.05}
 VIDEO_TINY = {**TINY, "data": "moving-glyphs", "size": 24, "frames": 5, "global_batch": 4, "micro_batch": 4}
 VIDEO_TINY |= {"steps": 480, "eval_pictures": 200}
 PRESETS = {
@@ -61,8 +55,8 @@ for name, preset in PRESETS.items():
     preset |= {"channels": size.channels, "multipliers": list(size.channel_multipliers)}
     preset |= {"blocks": size.blocks_per_level, "bits": size.bits}
 
-# Settings that a resumed run may change: they leave the weights alone, up to rounding. Of --data and --init the contents
-# are compared. The micro-batch does matter (codebook entropy and BatchNorm go over it), but must fit the memory at hand.
+# Settings that a resumed run may change: they leave the weights alone, up to rounding. Not so the micro-batch (codebook
+# entropy and BatchNorm go over it), but it has to fit the memory at hand. Contents of --data and --init are compared.
 MAY_CHANGE = {"out", "workers", "log_every", "save_every", "keep_every", "eval_every", "eval_pictures"}
 MAY_CHANGE |= {"val_data", "compile", "allow_changes", "micro_batch", "preset", "data", "init"}
 
@@ -142,8 +136,8 @@ def main():
     rt = runtime.start()
     args.precision = runtime.set_precision(rt, args.precision)
     accumulation = runtime.split_batch(args.global_batch, args.micro_batch, rt.world)
-    # Training repeats few shapes many times, so trying out convolution algorithms pays. It is not for codes, pictures and
-    # published metrics, as each process may find another one the fastest, whose last digits differ.
+    # Training repeats few shapes, so it pays to try out convolution algorithms. Not where codes, pictures or published
+    # metrics are made: each process may find another one the fastest, whose last digits differ.
     torch.backends.cudnn.benchmark = True
 
     # Data
@@ -282,8 +276,8 @@ def main():
 
 @torch.no_grad()
 def measure(rt, run, tokenizer, pictures, args):
-    """Validation of the averaged weights, on pictures shared out over ranks: mean PSNR of a picture (dB, truncated
-    uint8), and the share of codes in use. The first eight, original above reconstruction, become a picture of the run."""
+    """Mean PSNR of a picture (dB, truncated uint8) and share of codes in use, by the averaged weights, on validation
+    pictures shared out over ranks. The first eight, original above reconstruction, become a picture of the run."""
     count = min(args.eval_pictures, len(pictures))
     chosen = torch.linspace(0, len(pictures) - 1, count).long().tolist()  # spread over all classes
     batches = data.evaluation_batches(pictures, args.micro_batch, rt.rank, rt.world, args.workers, chosen)

@@ -23,7 +23,7 @@ from runtime import UserError
 
 
 def time_strides(config):
-    """By what each level but the last divides the frames: 1 where its multiplier is 1, otherwise 2."""
+    """What each level but the last divides the number of frames by: 1 where its multiplier is 1, otherwise 2."""
     return [1 if multiplier == 1 else 2 for multiplier in config.channel_multipliers[:-1]]
 
 
@@ -73,7 +73,7 @@ class Upsampler(nn.Module):
 
     @fast.path("norm.video_upsampler")
     def forward(self, x):
-        # Released weights: the channels of the convolution are ordered (time, row, column, channel).
+        # Released weights: the convolution's channels are ordered (time, row, column, channel).
         x = self.conv1(x).unflatten(1, (self.time_stride, 2, 2, -1))  # (B, time, row, column, C, t, h, w)
         x = x.permute(0, 4, 5, 1, 6, 2, 7, 3)  # (B, C, t, time, h, row, w, column)
         x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (B, C, t or 2 t, 2 h, 2 w)
@@ -103,7 +103,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x)  # (B, C, T, H, W)
         for level in self.down:
-            x = level(x)  # (B, widths[i], frames, H / 2^i, W / 2^i), halved at its end; n frames to (n + 1) // 2
+            x = level(x)  # (B, widths[i], frames, H / 2^i, W / 2^i), halved at its end; n frames to n or (n + 1) // 2
         x = self.mid_block(x)  # (B, widths[-1], t, h, w)
         return self.conv_out(norm_silu(self.norm_out, x))  # (B, K, t, h, w)
 
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         for norm, level in zip(reversed(self.adaptive), reversed(self.up), strict=True):
             x = level(
                 norm(x, z)
-            )  # (B, widths[i], frames, H / 2^i, W / 2^i), doubled at its end; n frames to n or 2 n - 1
+            )  # (B, widths[i], frames, H / 2^i, W / 2^i), doubled at its end; n frames to n or 2n - 1
         return self.conv_out(norm_silu(self.norm_out, x))  # (B, 3, T, H, W)
 
 
@@ -186,12 +186,13 @@ class VideoTokenizer(nn.Module):
 
     def rebuild(self, clips, frames=17):
         """Clips of any T -> (reconstruction (B, 3, T, H, W), indices (B, t, h, w)), in windows of `frames` frames, each
-        coded by itself. One that would lose frames is lengthened by its last frame first, and cut afterwards."""
-        parts = [
-            pad(x, (0, 0, 0, 0, 0, (1 - x.shape[2]) % self.time_factor), "replicate") for x in clips.split(frames, 2)
-        ]
-        y, indices, _ = zip(*map(self, parts))
-        return torch.cat([part[:, :, :frames] for part in y], 2)[:, :, : clips.shape[2]], torch.cat(indices, 1)
+        coded by itself. A window that would lose frames is first lengthened by copies of its last one."""
+        parts, indices = [], []
+        for x in clips.split(frames, 2):  # (B, 3, frames or fewer, H, W)
+            y, i, _ = self(pad(x, (0, 0, 0, 0, 0, (1 - x.shape[2]) % self.time_factor), "replicate"))
+            parts.append(y[:, :, : x.shape[2]])
+            indices.append(i)
+        return torch.cat(parts, 2), torch.cat(indices, 1)
 
 
 # --- The start of training --------------------------------------------------------------------------------------------
