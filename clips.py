@@ -86,8 +86,8 @@ class ClipFolder(PictureFolder):
 
 
 def resize_frame(frame, short_side):
-    """uint8 (H, W, 3) with its short side scaled to `short_side`, the long one rounded down, to the last bit as OpenCV's
-    INTER_LINEAR has it: without smoothing first, weights of 11 bits, columns before rows. Enlarges too."""
+    """uint8 (H, W, 3), its short side scaled to `short_side`, the long one rounded down: to the last bit as OpenCV's
+    INTER_LINEAR does it, without smoothing first, by weights of 11 bits, columns before rows. Enlarges too."""
     height, width = (int(short_side * pixels / min(frame.shape[:2])) for pixels in frame.shape[:2])
     (left, right), (left_weight, right_weight) = _neighbours(frame.shape[1], width)
     levels = frame.astype(np.int32)
@@ -98,8 +98,8 @@ def resize_frame(frame, short_side):
 
 
 def _neighbours(count, new_count):
-    """For each of `new_count` places among `count` pixels: the two pixels beside it, (2, new_count), the same one twice
-    beyond the border, and their weights, which make 2048, (2, new_count, 1)."""
+    """For `new_count` places spread over `count` pixels: the two pixels beside each place, (2, new_count), the same one
+    twice beyond the border; and their weights, (2, new_count, 1), which add up to 2048."""
     places = ((np.arange(new_count) + 0.5) * (count / new_count) - 0.5).astype(np.float32)  # as OpenCV has them
     first = np.floor(places)
     weights = np.rint(2048 * np.stack([1 - (places - first), places - first]))
@@ -117,7 +117,7 @@ def _animations(folder, names):
 
 
 def _read_frames(path, chosen=range):
-    """Yields frames chosen(count) of the `count` that a video has, a `range`, uint8 (H, W, 3). As it stands: all."""
+    """Yields a video's frames, uint8 (H, W, 3): of all `count` of them those in the range chosen(count); else all."""
     if path.is_dir():
         names = sorted(name for name in os.listdir(path) if name[0] != "." and name.lower().endswith(ENDINGS))
         for number in chosen(len(names)):
@@ -135,21 +135,21 @@ def _read_frames(path, chosen=range):
 
 
 def _video_frames(path, chosen):
-    """The same of a video file, as PyAV's frames. All packets are read, but only those from a key frame on are decoded;
-    all where the time stamps are not of the frames that come out, as in some .avi."""
+    """The same for a video file, as PyAV's frames. Reads the time stamps of all packets, but decodes only from the last
+    key frame before the clip on. If other time stamps come out, as from some .avi, decodes from the start."""
     with _opened_video(path) as (video, stream):
         packets = (packet for packet in video.demux(stream) if packet.size and not packet.is_discard)
-        times = [(packet.pts or 0, packet.is_keyframe) for packet in packets if not packet.is_corrupt]
-    times, keys = sorted(time for time, _ in times), [time for time, is_key in times if is_key]
+        stamps = [(packet.pts or 0, packet.is_keyframe) for packet in packets if not packet.is_corrupt]
+    times, key_times = sorted(time for time, _ in stamps), [time for time, is_key in stamps if is_key]
     clip = chosen(len(times))
-    key = max((time for time in keys if time <= times[clip.start]), default=times[0])
-    times = [time for time in times[: clip.stop] if time >= key]
-    frames, found, announced = collections.deque(maxlen=len(clip)), [], set(times)
-    decoded = (frame for frame in _decoded(path, key) if frame.pts in announced)
-    for frame in itertools.islice(decoded, len(times)):
+    key = max((time for time in key_times if time <= times[clip.start]), default=times[0])
+    expected = [time for time in times[: clip.stop] if time >= key]
+    frames, found, wanted = collections.deque(maxlen=len(clip)), [], set(expected)
+    decoded = (frame for frame in _decoded(path, key) if frame.pts in wanted)
+    for frame in itertools.islice(decoded, len(expected)):
         frames.append(frame)
         found.append(frame.pts)
-    if found == times:
+    if found == expected:
         return frames
     clip = chosen(sum(1 for _ in _decoded(path)))
     return itertools.islice(_decoded(path), clip.start, clip.stop)
@@ -195,9 +195,10 @@ def write_video(path, clip, fps=24):
     ending, (height, width) = os.path.splitext(path)[1].lower(), clip.shape[2:]
     if ending not in (".webp", ".gif", ".mp4"):
         raise UserError(f"{path} ends in none of .webp, .gif, .mp4, the videos that are written")
-    av, frames = ending == ".mp4" and pyav(), [to_picture(frame) for frame in clip.unbind(1)]
+    av = pyav() if ending == ".mp4" else None
     if av and (height % 2 or width % 2):
         raise UserError(f"{path} cannot be {width}x{height}: .mp4 takes even sides only, .webp any")
+    frames = [to_picture(frame) for frame in clip.unbind(1)]
     with replacing(path) as file:
         if not av:
             options = {"duration": 1000 / fps, "loop": 0, "lossless": True}  # milliseconds, for ever
@@ -211,8 +212,8 @@ def write_video(path, clip, fps=24):
 
 # --- Moving glyphs ----------------------------------------------------------------------------------------------------
 class MovingGlyphs(glyphs.Glyphs):
-    """`moving-glyphs[:COUNT[:CLASSES]]`: a letter that flies, bounces off the sides and swings by up to 30 degrees. Clip
-    i has class i % classes and is a function of (seed, train, i); a longer one begins with a shorter one's frames."""
+    """`moving-glyphs[:COUNT[:CLASSES]]`: a letter that flies, bounces off the sides and swings by up to 30 degrees.
+    Clip i has class i % classes and is a function of (seed, train, i): more `frames` only continue it."""
 
     def __init__(self, source, size, frames, train, seed):
         super().__init__(source, size, train, seed)
@@ -245,10 +246,10 @@ def _upright(letter, size, radius):  # in the middle of a grey Pillow picture tw
 
 def follow_letters(clips, letters):
     """What uint8 clips (N, T, S, S, 3) of moving glyphs show: which of `letters`, as numbers (N,), and where its middle
-    is, in pixels, (N, T, 2). It is the letter that, in some size, turn and place in each frame, and scaled for each
-    colour, comes nearest to the frames less their means."""
+    is, in pixels, (N, T, 2): x, y. It is the letter that, in some size, turn and place in each frame, and scaled for
+    each colour, comes nearest to the frames less their means."""
     size, spectra, inside = clips.shape[2], [], []
-    shift = torch.fft.fftfreq(size, 1 / size).abs()  # of a letter from the middle, as it comes out of the transform
+    shift = (torch.arange(size) - size // 2).abs()  # of a letter from the middle
     for letter in letters:
         for radius in (0.24, 0.28, 0.32):
             upright, free = _upright(letter, size, radius), shift <= (0.5 - radius) * size + 1
@@ -262,11 +263,12 @@ def follow_letters(clips, letters):
     for clip in clips:
         best = []
         for frame in torch.from_numpy(clip).double().movedim(-1, 1):  # (3, S, S)
-            explained = torch.fft.irfft2(torch.fft.rfft2(frame) * spectra, s=(size, size))  # (poses, 3, S, S)
-            explained = explained.square().sum(1)  # (poses, S, S)
+            # The share of the frame that each pose explains at each place, by correlation; (poses, 3, S, S).
+            explained = torch.fft.irfft2(torch.fft.rfft2(frame) * spectra, s=(size, size))
+            explained = torch.fft.fftshift(explained.square().sum(1), (1, 2))  # (poses, S, S), no shift in the middle
             best.append((explained * inside).view(len(letters), -1).max(1))  # of all poses and places of a letter
         number = sum(score for score, _ in best).argmax()
-        place = torch.stack([where[number] % size**2 for _, where in best])
-        places.append(torch.stack([(place % size + size // 2) % size, (place // size + size // 2) % size], 1))
+        place = torch.stack([where[number] % size**2 for _, where in best])  # (T,)
+        places.append(torch.stack([place % size, place // size], 1))
         numbers.append(number)
     return torch.stack(numbers).numpy(), torch.stack(places).numpy()

@@ -65,20 +65,20 @@ def parse(argv=None):
 
 
 def published_original(images, rounding=False):
-    """The original that the published PSNR and SSIM compare with: uint8 -> uint8, by the float way that the
-    reconstruction takes too. Truncated, its grey levels 1 to 95 come out one lower."""
+    """The original that the published PSNR and SSIM compare with: uint8 -> float -> uint8, the way of the
+    reconstruction. Truncated, its grey levels 1 to 95 come out one lower."""
     return data.to_uint8((images.double() / 127.5 - 1).float(), rounding)  # to float32 after all, as published
 
 
 def published_psnr(per_picture):
-    """PSNR of each mini-batch of 4, from its mean squared error, in dB: (N,) per picture, in order -> (ceil(N / 4),).
-    Averaged, it lies below the mean over pictures."""
+    """PSNR in dB of each mini-batch of 4, from its mean squared error: (N,) of the pictures in order -> (ceil(N / 4),).
+    Its mean lies below the mean over pictures."""
     errors = 10 ** (-per_picture / 10)
     return torch.stack([-10 * batch.mean().log10() for batch in errors.split(PUBLISHED_BATCH)])
 
 
 def finite_mean(values, what):
-    """(mean over the finite PSNRs, inf where none is, note): what is given back exactly has none to average."""
+    """(mean of the finite PSNRs, or inf if none is; note). A picture given back exactly has an infinite one."""
     finite = values[values.isfinite()]
     note = f"dB, mean over {what}"
     if infinite := len(values) - len(finite):
@@ -89,7 +89,7 @@ def finite_mean(values, what):
 @torch.no_grad()
 def rebuild(tokenizer, x):
     """Images (B, 3, H, W) in [-1, 1], of any size -> (y of the same size, unclamped, indices (B, h, w)). Zeros (mid
-    grey) pad x to a multiple of the tokenizer's factor, half of them (rounded down) left and top, and are cut off y."""
+    grey) pad x to a multiple of the tokenizer's factor, half of them (rounded down) left and top; y is cut back."""
     (height, width), f = x.shape[2:], tokenizer.factor
     top, left = -height % f // 2, -width % f // 2
     y, indices, _ = tokenizer(pad(x, (left, -(left + width) % f, top, -(top + height) % f)))
@@ -98,10 +98,10 @@ def rebuild(tokenizer, x):
 
 @torch.no_grad()
 def measure(rt, args, tokenizer, pictures, network, perceptual, keep=None):
-    """Run all pictures, or clips, through, every rank its share. network: Inception, or I3D; or None. perceptual: {name
-    of the number: LPIPS}. keep: called with each picture's index, itself and its reconstruction, uint8 (3, [T,] H, W),
-    on the rank that has it. Returns on the main process ({name: number}, notes {name: words to print behind it}, uint8
-    pictures (rows, columns, 3, H, W): up to eight originals and reconstructions), on the others three times None."""
+    """Measure the tokenizer on all pictures or clips, each rank on its share. network: Inception, I3D or None.
+    perceptual: {name of the number: LPIPS}. keep: called with each picture's index, the picture and its reconstruction,
+    uint8 (3, [T,] H, W), on the rank that has it. Returns on the main process ({name: number}, {name: note to print
+    behind it}, uint8 (rows, columns, 3, H, W) with up to eight originals and reconstructions); on others three None."""
     rows, features_x, features_y, shown, count, tokens, pixels = [], [], [], None, 0, 0, 0
     video = isinstance(tokenizer, VideoTokenizer)
     kind, distance, width = ("clips", "rFVD", 400) if video else ("pictures", "rFID", 2048)
@@ -128,7 +128,7 @@ def measure(rt, args, tokenizer, pictures, network, perceptual, keep=None):
             found = fvd.features(network, data.to_uint8(z)) if video else network((z + 1) / 2, "half-pixel")[0]
             features.append(found.cpu())
 
-        # Of clips (b, 3, T, H, W) all frames, but not a long video's at once.
+        # Clips (b, 3, T, H, W) are scored frame by frame, a long video's not all at once.
         frames = (z.movedim(1, -3).flatten(0, -4).split(256) for z in (x, y, images, rebuilt))
         for x, y, images, rebuilt in zip(*frames):  # (n, 3, H, W)
             original, published, scored = float64(images, published_original(images.cpu(), args.rounding), rebuilt)
@@ -160,8 +160,8 @@ def measure(rt, args, tokenizer, pictures, network, perceptual, keep=None):
 
 
 def if_there(rt, load, *arguments):
-    """(what `load(*arguments)` returns, None), or on all ranks (None, the reason) where one of them cannot have its
-    weights. The last argument is the file that the user gave, if any: that one must be right."""
+    """(what `load(*arguments)` returns, None); or (None, the reason) on all ranks, if one of them lacks the weights.
+    The last argument is the file that the user gave, or None: what was given must be right."""
     try:
         found, reason = load(*arguments), None
     except UserError as error:
@@ -194,6 +194,7 @@ def main():
     args.batch = args.batch if pictures.shape else 1
     if args.save_pictures:
         names = [Path(args.save_pictures, pictures.name(index)) for index in range(len(pictures))]
+        # a.jpg becomes a.png; but beside an a.gif, which would too, a.jpg.png.
         short, whole = [name.with_suffix(ending) for name in names], [Path(f"{name}{ending}") for name in names]
         times = Counter(short + whole)
         paths = [name if times[name] == 1 else other for name, other in zip(short, whole)]
@@ -205,9 +206,8 @@ def main():
         loaded, reason = None, "not computed (it is of two clips or more, of one length, 9 frames or more)"
     network, sha256 = loaded or (None, None)
     absent, perceptual = dict.fromkeys(["rFID", "rFVD", "rFVD published"], reason), {}
-    perceptual["LPIPS VGG"], absent["LPIPS VGG"] = if_there(rt, load_lpips, "vgg", args.lpips_vgg)
-    perceptual["LPIPS AlexNet"], absent["LPIPS AlexNet"] = if_there(rt, load_lpips, "alex", args.lpips_alex)
-    for name in perceptual:
+    for name, backbone, path in ("LPIPS VGG", "vgg", args.lpips_vgg), ("LPIPS AlexNet", "alex", args.lpips_alex):
+        perceptual[name], absent[name] = if_there(rt, load_lpips, backbone, path)
         if size and size < SMALLEST[name]:
             perceptual[name], absent[name] = None, f"not computed (it needs {SMALLEST[name]} pixels a side)"
     perceptual = {name: lpips.to(rt.device) for name, lpips in perceptual.items() if lpips}

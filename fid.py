@@ -32,9 +32,9 @@ from runtime import UserError, at_least
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """FID, of features' means and covariances: the squared Frechet (2-Wasserstein) distance of two Gaussians,
+    """FID, from the means and covariances of features: the squared Frechet (2-Wasserstein) distance of two Gaussians,
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
-    mu: (D,); sigma: (D, D), of any rank; arrays or tensors, in float64. Raises UserError for what is not finite."""
+    mu: (D,); sigma: (D, D), of any rank; arrays or tensors. In float64. Raises UserError for what is not finite."""
     mu1, sigma1, mu2, sigma2 = float64(mu1, sigma1, mu2, sigma2)
     if not all((array.abs() < 1e100).all() for array in (mu1, sigma1, mu2, sigma2)):
         raise UserError("the statistics hold values that are not finite, or huge: no Frechet distance")
@@ -137,9 +137,9 @@ STATISTICS |= {"convention": (), "inception": ()}  # texts; the second is the SH
 
 
 class PictureSet:
-    """What a path holds: `pictures` to measure, or None; `stats`, {name: array} of `STATISTICS`, of whose moments
-    `count` says how many pictures they are of, if known; or both (ADM's reference file). `words` are for the protocol.
-    Opening reads no picture yet, and raises UserError where the path is none of these."""
+    """What a path holds: `pictures` to measure, or None; `stats`, {name: array} of `STATISTICS`; or both (a file of
+    ADM's). `count`: of how many pictures the moments are, if known. `words`: for the protocol. Opening reads no picture
+    yet, and raises UserError if the path holds neither."""
 
     def __init__(self, rt, path):
         self.path, self.pictures, self.stats, self.count, self.words = path, None, {}, None, ""
@@ -169,7 +169,7 @@ class PictureSet:
 
 
 def open_folder(rt, folder):
-    """The pictures below a folder as they are, all of one `shape` (H, W)."""
+    """The pictures in a folder, at any depth, as they are: all of one `shape` (H, W)."""
     pictures = PictureFolder(folder, size=None, labelled=False)
     names = {}  # (H, W) -> a picture's name; from all headers, before any work
     for name in map(pictures.name, range(rt.rank, len(pictures), rt.world)):
@@ -220,9 +220,9 @@ def load_stats(path, names):
 
 
 def npz_array(path, name, shape=None):
-    """An array of an .npz, of `shape` where that is given (None in it: any length; (): a text). A memory map where it
-    is stored plainly (np.savez) and no shape is asked for, so that ten gigabytes of pictures need no memory; else in
-    memory. Nothing is unpacked of one of another shape, or of one longer than its header and deflate allow."""
+    """An array of an .npz, of `shape` where that is given (None in it: any length; (): a text). Without a shape, and
+    stored plainly (np.savez), it is a memory map, so that ten gigabytes of pictures need no memory. Nothing is unpacked
+    of an array of another shape, or of one longer than its header and deflate allow."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as plain:
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as file:
@@ -282,7 +282,7 @@ def readable_batches(rt, pictures, batch_size, workers):
 
 
 def measure(rt, picture_set, model, args):
-    """Add the statistics of its pictures to a `PictureSet`, by all ranks, on the main process. Stored moments stay."""
+    """Add to a `PictureSet`, on the main process, what all ranks measure of its pictures. Stored moments stay."""
     pictures, stats, pool, spatial = picture_set.pictures, picture_set.stats, [], []
     workers = args.workers if isinstance(pictures, PictureFolder) else 0  # an .npz needs no decoding
     for batch in readable_batches(rt, pictures, args.batch, workers):
@@ -335,8 +335,9 @@ def compare(reference, samples, classifier):
     return numbers, warnings
 
 
-def report(rt, numbers, notes, protocol, warnings=()):
-    """Print {name: number, or a sentence}, each with its note, then {name: words} of the protocol, then warnings."""
+def report(rt, numbers, notes, protocol, warnings=(), path=None):
+    """Print {name: number, or a sentence}, each with its note, then {name: words} of the protocol, then warnings. Write
+    all but the notes to `path` as JSON, if given."""
     for name, value in numbers.items():
         words = f"{value:.4f}" if isinstance(value, float) else value
         rt.say(f"{name:<15} {words}  {notes.get(name, '')}".rstrip())
@@ -344,6 +345,8 @@ def report(rt, numbers, notes, protocol, warnings=()):
         rt.say(f"  {name:<13} {words}")
     for words in warnings:
         rt.say(f"warning: {words}")
+    if path:
+        runtime.write_json(path, numbers | {"protocol": protocol, "warnings": warnings})
 
 
 def parse(argv=None):
@@ -396,9 +399,7 @@ def main():
     protocol["convention"] = f"{args.convention} ({CONVENTIONS[args.convention]})"
     protocol["inception"] = weights_in_words(sha256)
     protocol["device"] = f"{rt.device.type} x {rt.world}, torch {torch.__version__}"
-    report(rt, numbers, {"IS splits": "of 5000 pictures"}, protocol, warnings)
-    if args.json:
-        runtime.write_json(args.json, numbers | {"protocol": protocol, "warnings": warnings})
+    report(rt, numbers, {"IS splits": "of 5000 pictures"}, protocol, warnings, args.json)
 
 
 if __name__ == "__main__":

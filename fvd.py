@@ -1,4 +1,4 @@
-"""Frechet Video Distance (FVD): the Frechet distance of the I3D network's logits (arXiv 1812.01717) of two sets of clips.
+"""Frechet Video Distance (FVD, arXiv 1812.01717): the Frechet distance of two sets of clips, by I3D's logits.
 
     python fvd.py REFERENCE SAMPLES --i3d i3d_pretrained_400.pt
     torchrun --nproc_per_node=8 fvd.py REFERENCE SAMPLES       # every device takes a share
@@ -25,7 +25,7 @@ I3D_FILE = "i3d_pretrained_400.pt"
 
 # --- I3D (arXiv 1705.07750), as VideoGPT and TATS use it --------------------------------------------------------------
 def same(x, kernel, stride):
-    """Zeros around (B, C, T, H, W), so that a window leaves size / stride, rounded up; the odd one goes behind."""
+    """Pads x (B, C, T, H, W) with zeros so that a window leaves size / stride, rounded up; an odd zero goes behind."""
     padding = []
     for size, k, s in zip(x.shape[:1:-1], kernel[::-1], stride[::-1]):  # F.pad begins with the last axis
         total = max(k - (size % s or s), 0)
@@ -104,7 +104,7 @@ def features(i3d, clips):
 
 
 def load_i3d(path=None):
-    """(I3D with weights, SHA-256 of the file) from `path`, or from torch's hub cache; UserError where it is not there."""
+    """(I3D with weights, SHA-256 of the file) from `path`, or from torch's hub cache; UserError if it is not there."""
     cached = Path(torch.hub.get_dir(), "checkpoints", I3D_FILE)
     if not path and not cached.exists():
         raise UserError(f"there is no {cached}: put VideoGPT's file (piergiaj's I3D) there, or give --i3d FILE")
@@ -118,8 +118,8 @@ def frechet_video_distance(a, b):
 
 
 def published_distance(a, b):
-    """The same as published numbers are computed, in float32, with roots by SVD where a singular value below 1e-10
-    stays as it is. Where a covariance is nearly singular it moves by a percent with the order of the clips."""
+    """FVD as published numbers are computed: in float32, with matrix roots by SVD, where a singular value below 1e-10
+    stays as it is. Where a covariance is nearly singular, it moves by a percent with the order of the clips."""
 
     def root(matrix):
         if not matrix.isfinite().all():
@@ -136,8 +136,8 @@ def published_distance(a, b):
 
 # --- The command ------------------------------------------------------------------------------------------------------
 def open_set(path, frames=17, size=128):
-    """The clips at `path` (of a folder's videos the `frames` in the middle, `size` x `size`), not yet read: a dataset
-    of uint8 (3, T, H, W), its `shape` (T, H, W), `words` for them."""
+    """The clips at `path`, not yet read; of a folder's videos the `frames` in the middle, `size` x `size`. A dataset of
+    uint8 (3, T, H, W) with a `shape` (T, H, W), and `words` for the protocol."""
     if Path(path).is_dir():
         clips = open_clips(path, size, frames, labelled=False)
     else:
@@ -184,9 +184,8 @@ def main():
     protocol["device"] = f"{rt.device.type} x {rt.world}, torch {torch.__version__}"
     biased = "below 2048 FVD is biased upwards, so compare it only with numbers from the same counts"
     warnings = [f"{clips.source} has {len(clips)} clips: {biased}" for clips in sets if len(clips) < 2048]
-    report(rt, numbers, {"FVD": "float64", "FVD published": "float32, as published numbers are"}, protocol, warnings)
-    if args.json:
-        runtime.write_json(args.json, numbers | {"protocol": protocol, "warnings": warnings})
+    notes = {"FVD": "float64", "FVD published": "float32, as published numbers are"}
+    report(rt, numbers, notes, protocol, warnings, args.json)
 
 
 if __name__ == "__main__":
