@@ -23,13 +23,11 @@ CONVENTIONS = {"tf1": "as ADM's evaluator", "half-pixel": "FID as pytorch-fid; n
 
 
 class ConvNorm(nn.Module):
-    """Convolution (no bias), BatchNorm, ReLU. `same`: padded so that the size stays. (Names: the released file's.)"""
+    """Convolution (no bias), BatchNorm, ReLU. (Names: the released file's.)"""
 
-    def __init__(self, c_in, c_out, kernel=1, stride=1, same=True):
+    def __init__(self, c_in, c_out, kernel=1, stride=1, padding="same"):
         super().__init__()
-        height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        padding = (height // 2, width // 2) if same else 0
-        self.conv = nn.Conv2d(c_in, c_out, (height, width), stride, padding, bias=False)
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=0.001)
 
     def forward(self, x):
@@ -68,15 +66,6 @@ def mixed_5(c_in, pool_width):
     )
 
 
-def mixed_6a():
-    """(B, 288, 35, 35) -> (B, 768, 17, 17)."""
-    return Mixed(
-        branch3x3=[ConvNorm(288, 384, 3, stride=2, same=False)],
-        branch3x3dbl=[ConvNorm(288, 64), ConvNorm(64, 96, 3), ConvNorm(96, 96, 3, stride=2, same=False)],
-        branch_pool=[halving_pool],
-    )
-
-
 def mixed_6(width):
     """(B, 768, 17, 17) -> the same; 7x7 convolutions as a pair of 1x7 and 7x1, `width` channels wide inside."""
     pair = [ConvNorm(width, width, (7, 1)), ConvNorm(width, width, (1, 7))]
@@ -85,16 +74,6 @@ def mixed_6(width):
         branch7x7=[ConvNorm(768, width), ConvNorm(width, width, (1, 7)), ConvNorm(width, 192, (7, 1))],
         branch7x7dbl=[ConvNorm(768, width), *pair, ConvNorm(width, width, (7, 1)), ConvNorm(width, 192, (1, 7))],
         branch_pool=[average_pool, ConvNorm(768, 192)],
-    )
-
-
-def mixed_7a():
-    """(B, 768, 17, 17) -> (B, 1280, 8, 8)."""
-    pair = [ConvNorm(192, 192, (1, 7)), ConvNorm(192, 192, (7, 1))]
-    return Mixed(
-        branch3x3=[ConvNorm(768, 192), ConvNorm(192, 320, 3, stride=2, same=False)],
-        branch7x7x3=[ConvNorm(768, 192), *pair, ConvNorm(192, 192, 3, stride=2, same=False)],
-        branch_pool=[halving_pool],
     )
 
 
@@ -134,20 +113,29 @@ class InceptionV3(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2, same=False)
-        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, same=False)
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2, padding="valid")
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, padding="valid")
         self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvNorm(64, 80)
-        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, same=False)
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, padding="valid")
         self.Mixed_5b = mixed_5(192, pool_width=32)
         self.Mixed_5c = mixed_5(256, pool_width=64)
         self.Mixed_5d = mixed_5(288, pool_width=64)
-        self.Mixed_6a = mixed_6a()
+        self.Mixed_6a = Mixed(  # (B, 288, 35, 35) -> (B, 768, 17, 17)
+            branch3x3=[ConvNorm(288, 384, 3, stride=2, padding="valid")],
+            branch3x3dbl=[ConvNorm(288, 64), ConvNorm(64, 96, 3), ConvNorm(96, 96, 3, stride=2, padding="valid")],
+            branch_pool=[halving_pool],
+        )
         self.Mixed_6b = mixed_6(128)
         self.Mixed_6c = mixed_6(160)
         self.Mixed_6d = mixed_6(160)
         self.Mixed_6e = mixed_6(192)
-        self.Mixed_7a = mixed_7a()
+        pair = [ConvNorm(192, 192, (1, 7)), ConvNorm(192, 192, (7, 1))]
+        self.Mixed_7a = Mixed(  # (B, 768, 17, 17) -> (B, 1280, 8, 8)
+            branch3x3=[ConvNorm(768, 192), ConvNorm(192, 320, 3, stride=2, padding="valid")],
+            branch7x7x3=[ConvNorm(768, 192), *pair, ConvNorm(192, 192, 3, stride=2, padding="valid")],
+            branch_pool=[halving_pool],
+        )
         self.Mixed_7b = Mixed7(1280, average_pool)
         self.Mixed_7c = Mixed7(2048, max_pool)  # Released weights: a max pool here, unlike torchvision's.
         self.fc = nn.Linear(2048, 1008)

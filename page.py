@@ -1,7 +1,6 @@
 """Pages to look at: pictures with captions in one HTML file, which needs no other file, no script and no network.
 
-write_page("samples.html", "Samples", [("a caption", [picture, another])], total=1)    # PIL pictures, side by side
-"""
+write_page("samples.html", "Samples", [("a caption", [picture, another])], total=1)    # PIL pictures, side by side"""
 
 import base64
 import html
