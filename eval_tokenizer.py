@@ -110,6 +110,7 @@ def measure(rt, args, tokenizer, pictures, network, perceptual, keep=None):
         images = batch.images.to(rt.device)
         x = data.to_float(images)
         with runtime.autocast(rt.device, args.precision):
+            # A clip is one window, a whole video (of no `shape`) has one for every 17 frames.
             y, indices = tokenizer.rebuild(x, (pictures.shape or [17])[0]) if video else rebuild(tokenizer, x)
         y = y.float().clamp(-1, 1)
         if not y.isfinite().all():

@@ -351,11 +351,10 @@ def report(rt, numbers, notes, protocol, warnings=(), path=None):
 
 def parse(argv=None):
     arguments = runtime.parser(__doc__)
-    seen = "how Inception sees a picture: tf1 as ADM's evaluator and torch-fidelity, half-pixel as pytorch-fid"
     arguments.add_argument("reference", help="folder, .npz of pictures, ADM reference file, or saved statistics")
     arguments.add_argument("samples", nargs="?", help="the same; left out: --save-stats only")
     add = arguments.add_argument_group("protocol").add_argument
-    add("--convention", default="tf1", choices=CONVENTIONS, help=seen)
+    add("--convention", default="tf1", choices=CONVENTIONS, help="resize: tf1 as ADM, half-pixel as pytorch-fid")
     add("--inception", help=f"weights file, {INCEPTION_FILE} (default: torch's hub cache, or downloaded)")
     add = arguments.add_argument_group("output").add_argument
     add("--save-stats", help="write the reference's statistics to this .npz, for use in its place")

@@ -175,8 +175,8 @@ def load_discriminator(path, kind=PatchDiscriminator):
     discriminators = [kind() for _ in states]
     for discriminator, state in zip(discriminators, states):
         weight = isinstance(state, dict) and state.get("main.0.weight")
-        if getattr(weight, "ndim", None) == 9 - discriminator.main[0].weight.ndim:
-            return []  # it is for images and one for videos is wanted, or the reverse
+        if getattr(weight, "ndim", None) == 9 - discriminator.main[0].weight.ndim:  # 4 for images, 5 for videos
+            return []  # the other kind
         match(state, discriminator.state_dict(), path, "a PatchGAN discriminator")
         discriminator.load_state_dict(state)
     return discriminators

@@ -207,7 +207,6 @@ class Tokenizer(nn.Module):
 # --- Reading files ----------------------------------------------------------------------------------------------------
 def load_tokenizer(path_or_name, ema=True):
     """A Tokenizer in eval mode, on the CPU; a VideoTokenizer, if the entries are those of one ("video_128").
-
     path_or_name: a released name (of a tokenizer, "256_L", or of a transformer, "B", which carries the tokenizer that
     it was trained with), a released file, this project's own file or run folder, or a bare state dict of any of these.
     ema: the moving average of the weights, where the file has one; False: the training weights. Raises UserError naming

@@ -147,8 +147,8 @@ def main():
     epoch_steps, total = training.run_length(args, len(pictures))
 
     # What --init holds: training weights and their moving average, as `trained` and `average` below
-    network = VideoTokenizer if args.frames else Tokenizer
-    judge = losses.PatchDiscriminator3D if args.frames else losses.PatchDiscriminator
+    tokenizer_class = VideoTokenizer if args.frames else Tokenizer
+    discriminator_class = losses.PatchDiscriminator3D if args.frames else losses.PatchDiscriminator
     init, init_path = [], None
     if args.init:
         init_path = rt.share(locate(args.init, RELEASED))
@@ -156,9 +156,9 @@ def main():
         for part in init:
             if args.frames and isinstance(part["tokenizer"], Tokenizer):
                 part["tokenizer"] = inflate(part["tokenizer"])
-            elif not isinstance(part["tokenizer"], network):
+            elif not isinstance(part["tokenizer"], tokenizer_class):
                 raise UserError(f"{init_path} is a tokenizer of videos: give --frames, or one of images")
-        for part, discriminator in zip(init, losses.load_discriminator(init_path, judge)):
+        for part, discriminator in zip(init, losses.load_discriminator(init_path, discriminator_class)):
             part["discriminator"] = discriminator
         args.channels, multipliers, args.blocks, args.bits = astuple(init[0]["tokenizer"].config)
         args.multipliers = list(multipliers)
@@ -170,7 +170,7 @@ def main():
         raise UserError(f"--size {args.size} is not a multiple of {config.factor}, the tokenizer's factor")
     if args.gan_weight and args.size < 24 and not args.frames:
         raise UserError(f"--size {args.size}: the discriminator needs 24 pixels; or use --gan-weight 0")
-    tokenizer = network(config)
+    tokenizer = tokenizer_class(config)
     if args.frames and tokenizer.rebuilt_frames(args.frames) < args.frames:
         words = f"1 more than a multiple of {tokenizer.time_factor}, the tokenizer's factor in time"
         raise UserError(f"--frames {args.frames} is not {words}: the last frames would be lost")
@@ -180,7 +180,7 @@ def main():
         lpips_path = None if args.lpips == "published" else args.lpips
         lpips = rt.place(losses.load_lpips("vgg", lpips_path, maybe=init_path))
     if args.gan_weight:
-        discriminator = trained["discriminator"] = judge()
+        discriminator = trained["discriminator"] = discriminator_class()
         if init and "discriminator" not in init[0]:
             rt.say(f"{init_path} holds no discriminator of this kind: it begins afresh")
     average = copy.deepcopy(trained).eval().requires_grad_(False)
