@@ -263,8 +263,8 @@ def follow_letters(clips, letters):
     for clip in clips:
         best = []
         for frame in torch.from_numpy(clip).double().movedim(-1, 1):  # (3, S, S)
-            # The share of the frame that each pose explains at each place, by correlation; (poses, 3, S, S).
-            explained = torch.fft.irfft2(torch.fft.rfft2(frame) * spectra, s=(size, size))
+            # The frame's correlation with each pose at each place, by FFT
+            explained = torch.fft.irfft2(torch.fft.rfft2(frame) * spectra, s=(size, size))  # (poses, 3, S, S)
             explained = torch.fft.fftshift(explained.square().sum(1), (1, 2))  # (poses, S, S), no shift in the middle
             best.append((explained * inside).view(len(letters), -1).max(1))  # of all poses and places of a letter
         number = sum(score for score, _ in best).argmax()

@@ -103,7 +103,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x)  # (B, C, T, H, W)
         for level in self.down:
-            x = level(x)  # (B, widths[i], frames, H / 2^i, W / 2^i), halved at its end; n frames to n or (n + 1) // 2
+            x = level(x)  # (B, widths[i], n, H / 2^i, W / 2^i), halved at its end; n frames to n or (n + 1) // 2
         x = self.mid_block(x)  # (B, widths[-1], t, h, w)
         return self.conv_out(norm_silu(self.norm_out, x))  # (B, K, t, h, w)
 
@@ -133,9 +133,7 @@ class Decoder(nn.Module):
             raise UserError("the decoder needs at least two tokens a clip (it takes the variance over them)")
         x = self.mid_block(self.conv_in(z))  # (B, K, t, h, w) -> (B, widths[-1], t, h, w)
         for norm, level in zip(reversed(self.adaptive), reversed(self.up), strict=True):
-            x = level(
-                norm(x, z)
-            )  # (B, widths[i], frames, H / 2^i, W / 2^i), doubled at its end; n frames to n or 2n - 1
+            x = level(norm(x, z))  # (B, widths[i], n, H / 2^i, W / 2^i), doubled at its end; n frames to n or 2 n - 1
         return self.conv_out(norm_silu(self.norm_out, x))  # (B, 3, T, H, W)
 
 
