@@ -125,9 +125,8 @@ def load_lpips(network="vgg", path=None, maybe=None):
                 entries[f"net.{name}"] = layers[f"features.{number}"]
         path = f"{backbone} with {heads}"
     else:
-        entries, prefix = entries_of(read_weights(path), path), "loss.perceptual_loss."
-        if any(name.startswith(prefix) for name in entries):
-            entries = {n.removeprefix(prefix): v for n, v in entries.items() if n.startswith(prefix)}
+        found, prefix = entries_of(read_weights(path), path), "loss.perceptual_loss."
+        entries = {n.removeprefix(prefix): v for n, v in found.items() if n.startswith(prefix)} or found
     entries = _ScalingLayer().state_dict(prefix="scaling_layer.") | entries
     match(entries, lpips.state_dict(), path, f"LPIPS weights ({network})")
     lpips.load_state_dict({name: value.float() for name, value in entries.items()}, assign=True)
