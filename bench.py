@@ -3,17 +3,17 @@
     python bench.py                          # everything, some ten minutes on an H200
     python bench.py --only entropy,sample    # some of it; see ROWS at the end
 
-Each row is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do
-not change the time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share` is the
+Each row is a median after warm-up, of real shapes, bf16 autocast, random weights (LPIPS too: values do not change the
+time). `plain` is the same work without fused kernels, compiled code and CUDA graphs. `share of the ceiling` is the
 work's arithmetic (training, decoding) or its least traffic (sampling: weights and filled cache once a token) over the
 time, against this GPU's own rate, measured at the start: a large bf16 matrix product, a large device-to-device copy."""
 
-import contextlib
 import dataclasses
 import functools
 import gc
 import itertools
 import statistics
+from unittest.mock import patch
 
 import torch
 
@@ -35,6 +35,8 @@ ENCODER, DECODER, VGG, DISCRIMINATOR = 266e9, 317e9, 40e9, 6.3e9
 STEP_256_L = 3 * (ENCODER + DECODER) + 3 * VGG + (2 + 6) * DISCRIMINATOR
 # The same of a clip of 17 frames of 128 x 128, video_128: its frames have a quarter of the pixels.
 STEP_VIDEO = 3 * (4471e9 + 6191e9) + 3 * 17 / 4 * VGG + (2 + 6) * 14e9
+
+PLAIN = patch.object(fast, "ON", False)  # within it all is plain, as with FAST=0
 
 
 def main():
@@ -88,14 +90,6 @@ class Bench:
         torch.cuda.synchronize()
         times = [began.elapsed_time(ended) / 1e3 for began, ended in itertools.pairwise(marks)]
         return statistics.median(times), torch.cuda.max_memory_allocated() - before
-
-
-@contextlib.contextmanager
-def plain():
-    """Everything plain, for comparison: as FAST=0."""
-    fast.ON = False
-    yield
-    fast.ON = True
 
 
 def row(what, ours, other, memory, share=None, images=None):
@@ -161,7 +155,7 @@ def bench_tokenizer(bench, batches=(8, 32, 64), name="256_L", flops=STEP_256_L):
     for batch in batches:
         other = None
         if batch == batches[0]:
-            with plain():
+            with PLAIN:
                 other, _ = bench.time(tokenizer_step(bench, batch, False, name), 5)
         step = tokenizer_step(bench, batch, True, name)
         ours, memory = bench.time(step, 10)
@@ -197,8 +191,7 @@ def transformer_step(bench, name, batch, compiled, grid=16):
 
 def step_flops(model):
     """Arithmetic of one image's training step: matrix products and attention, forward and twice that backward."""
-    config = model.config
-    tokens = config.tokens
+    config, tokens = model.config, model.config.tokens
 
     def products(module):
         return 2 * sum(p.numel() for p in module.parameters() if p.dim() == 2)
@@ -214,12 +207,12 @@ TRAINED = (
 )  # fmt: skip
 
 
-def bench_transformer(bench, cases=TRAINED):
+def bench_transformer(bench):
     """AR training from codes."""
-    for name, batch, grid in cases:
+    for name, batch, grid in TRAINED:
         other = None
         if (name, batch, grid) == ("B", 96, 16):
-            with plain():
+            with PLAIN:
                 step, model = transformer_step(bench, name, batch, compiled=False)
                 other, _ = bench.time(step, 5)
             del step, model
@@ -238,9 +231,9 @@ SAMPLED = (
 )  # fmt: skip
 
 
-def bench_sampling(bench, cases=SAMPLED):
+def bench_sampling(bench):
     """Guided sampling of whole grids."""
-    for name, batch, grid in cases:
+    for name, batch, grid in SAMPLED:
         torch.manual_seed(0)
         model = ARTransformer(dataclasses.replace(AR_SIZES[name], grid=grid)).to(bench.device).eval()
         for head in model.head:
@@ -253,7 +246,7 @@ def bench_sampling(bench, cases=SAMPLED):
 
         other = None
         if (name, batch, grid) == ("B", 50, 16):
-            with plain():
+            with PLAIN:
                 other, _ = bench.time(work, 1)
         ours, memory = bench.time(work, 3)
         config = model.config
@@ -276,7 +269,7 @@ def bench_decoder(bench, batch=50):
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             tokenizer.decode(indices)
 
-    with plain():
+    with PLAIN:
         other, _ = bench.time(work, 5)
     tokenizer.to(memory_format=torch.channels_last)
     ours, memory = bench.time(work)

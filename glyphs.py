@@ -45,18 +45,12 @@ class Glyphs:
 
     def __getitem__(self, entry):
         _, index = entry
-        label = int(self.labels[index])
+        label, size = int(self.labels[index]), self.shape[0]
         rng = np.random.default_rng([GLYPH, self.seed, int(self.train), index])
-        image = draw_glyph(self.classes[label], self.shape[0], rng)
+        ground, colour = scene(size, rng)
+        mask = _letter_mask(self.classes[label], size, rng)[..., None]  # (S, S, 1)
+        image = (255 * (ground + mask * (colour - ground)) + 0.5).astype(np.uint8)  # (S, S, 3)
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), label
-
-
-def draw_glyph(letter, size, rng):
-    """One letter 60 to 85 % of the side high (less if it would not fit), turned by up to 15 degrees, in one colour on a
-    ground of two. Returns uint8 (S, S, 3)."""
-    ground, colour = scene(size, rng)
-    mask = _letter_mask(letter, size, rng)[..., None]
-    return (255 * (ground + mask * (colour - ground)) + 0.5).astype(np.uint8)
 
 
 def scene(size, rng):
@@ -101,16 +95,16 @@ def _font(pixels):
 
 
 def _letter_mask(letter, size, rng):
-    """How far the letter covers each pixel, 0..1, (S, S). Drawn large and averaged down."""
+    """How far the letter covers each pixel, 0..1, (S, S). It is 60 to 85 % of the side high, less where it would not
+    fit, and turned by up to 15 degrees; drawn large and averaged down."""
     fine = 4 if size <= 64 else 2
     side = size * fine
-    # Size: what was drawn, unless the turned letter would leave the picture.
     left, top, right, bottom = letter_box(letter)
     width, height, angle = right - left, bottom - top, rng.uniform(-15, 15)
     cosine, sine = np.cos(np.radians(angle)), abs(np.sin(np.radians(angle)))
     turned_width, turned_height = width * cosine + height * sine, height * cosine + width * sine
     scale = min(rng.uniform(0.6, 0.85) / height, 0.96 / max(turned_width, turned_height)) * side
-    # Place: anywhere inside.
+    # Its middle: anywhere from which it does not leave the picture
     x = side / 2 + (side - turned_width * scale) * rng.uniform(-0.48, 0.48)
     y = side / 2 + (side - turned_height * scale) * rng.uniform(-0.48, 0.48)
     mask = upright_letter(letter, side, scale, x, y)

@@ -96,9 +96,11 @@ def main():
 
     # What the flags leave open follows from the kind of output.
     grid, shape, video = kind == "grid", model.config.shape, isinstance(tokenizer, VideoTokenizer)
-    if (grid and video != (out.suffix.lower() in ANIMATED)) or (video and args.html is not None):
+    if grid and video != (out.suffix.lower() in ANIMATED):
         ways = f"clips, for --out {', '.join(ANIMATED)}, .npz or a folder" if video else "pictures, for --out .png"
-        raise UserError(f"{files['model']} draws {ways}{', without --html' * video}")
+        raise UserError(f"{files['model']} draws {ways}")
+    if video and args.html is not None:
+        raise UserError(f"{files['model']} draws clips, which no page shows: run without --html")
     if grid and out.suffix.lower() == ".mp4":
         pyav()
     ours = os.path.realpath(files["model"]) == os.path.realpath(RELEASED_AR["emoji"])
@@ -179,7 +181,7 @@ def main():
             write_npz(out, parts, (count, *size, 3))
         runtime.write_json(f"{out}.json", settings)
         shutil.rmtree(work)
-    kinds, unit = ["clips"] * 2 if video else ["pictures", "images"]
+    kinds, unit = ("clips", "clips") if video else ("pictures", "images")
     again = f" ({count - made:.0f} were there already)" if made < count else ""
     rt.say(f"made {made:.0f} {kinds} in {seconds:.1f} s ({made / seconds:.2f} {unit}/s){again}: {out}")
     rt.barrier()
@@ -204,13 +206,14 @@ def open_given(args, tokenizer, shape):
     """(the pictures or clips of --given, how many rows, or latent frames, of each one's tokens are kept)."""
     video, side = len(shape) == 3, shape[-1] * tokenizer.factor
     flag, unit = ("--given-frames", tokenizer.time_factor) if video else ("--given-rows", 1)
-    value, other = (args.given_frames, args.given_rows)[:: 1 if video else -1]
-    kept = math.ceil((value - 1) / unit) + 1 if value else max(1, shape[0] // 2)
-    if other or kept > shape[0] or (value and (value - 1) % unit):
-        allowed = ", ".join(str(1 + unit * i) for i in range(shape[0]))
-        raise UserError(f"this model's --given is cut by {flag}, one of {allowed}")
+    value, other = (args.given_frames, args.given_rows) if video else (args.given_rows, args.given_frames)
+    allowed = range(1, 1 + unit * shape[0], unit)  # a first latent frame holds one frame, others `unit` each
+    value = value or allowed[max(1, shape[0] // 2) - 1]
+    if other or value not in allowed:
+        raise UserError(f"this model's --given is cut by {flag}, one of {', '.join(map(str, allowed))}")
+    kept = allowed.index(value) + 1
     if video:
-        return open_clips(args.given, side, 1 + (kept - 1) * unit, labelled=False, first=True), kept
+        return open_clips(args.given, side, value, labelled=False, first=True), kept
     return open_pictures(args.given, side, train=False, labelled=False), kept
 
 

@@ -239,7 +239,7 @@ def validation_losses(rt, model, codes, args):
     model.eval()
     count = min(args.eval_pictures, len(codes))
     mine = torch.linspace(0, len(codes) - 1, count).long().tensor_split(rt.world)[rt.rank].tolist()
-    sums, number = torch.zeros(2, dtype=torch.float64), 0
+    sums = torch.zeros(2, dtype=torch.float64)
     for first in range(0, len(mine), args.micro_batch):
         entries = [(0, index) for index in mine[first : first + args.micro_batch]]
         indices, labels = (part.to(rt.device) for part in codes.batch(entries, args.seed))
@@ -247,9 +247,7 @@ def validation_losses(rt, model, codes, args):
         with runtime.autocast(rt.device, args.precision):
             logits = model(sub_indices, labels)
         sums += torch.stack(cross_entropies(logits, sub_indices)).cpu().double() * len(entries)
-        number += len(entries)
-    *sums, number = rt.reduce([*sums.tolist(), number])
-    return [value / number for value in sums]
+    return (rt.reduce(sums) / count).tolist()
 
 
 @torch.no_grad()

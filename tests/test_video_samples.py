@@ -219,8 +219,8 @@ def test_longer_and_shorter_clips(models, files, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--out", "x.png"], r"draws clips, for --out .webp, .gif, .mp4, .npz or a folder, without --html"),
-        (["--html"], "without --html"),
+        (["--out", "x.png"], r"draws clips, for --out .webp, .gif, .mp4, .npz or a folder$"),
+        (["--html"], "draws clips, which no page shows: run without --html$"),
         (["--out", "x.mp4"], "PyAV, .* is not installed"),
         (["--tokenizer", "images"], "one is of videos, the other of images; name the one it was trained with"),
         (["--given", "videos", "--given-rows", 1], "--given is cut by --given-frames, one of 1, 3, 5$"),
