@@ -92,9 +92,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary_table(shape, head_width, device=None):
-    """cos and sin of the rotary embedding of a grid (rows, columns) or (frames, rows, columns): (2, N + 1, D/2) float32,
-    token t at position t + 1. Of the D/2 rotation pairs the first turn by the token's place along the first
-    axis, and so on; the n pairs of an axis turn by place / 10000^(j/n), j = 0..n-1."""
+    """cos and sin of the rotary embedding of a grid (rows, columns) or (frames, rows, columns): (2, N + 1, D/2)
+    float32, token t at position t + 1. The D/2 rotation pairs are shared out over the grid's axes: the n pairs of an
+    axis turn by place / 10000^(j/n), j = 0..n-1, where place is the token's row, column or frame."""
     shares = (4, 4) if len(shape) == 2 else (2, 3, 3)  # of D/2 pairs, in eighths: a half each, or a quarter for time
     places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in shape))  # (N, axes), raster order
     angles = []
@@ -111,13 +111,13 @@ def rotate(x, rotary):
     """Turn the adjacent pairs (2m, 2m+1) of x (..., N, D) by `rotary` (2, N, D/2), in float32."""
     cos, sin = rotary
     cos, sin = torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)  # (N, D)
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # the other of each pair
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (..., N, D), the two of each pair exchanged
     return (x.float() * cos + swapped.float() * sin).type_as(x)
 
 
 def rotated_heads(qkv, rotary, heads):
     """(rows, N, 3 d) -> q, k, v, three of (rows, H, N, D), q and k rotated."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (3, rows, H, N, D)
     return rotate(q, rotary), rotate(k, rotary), v
 
 
@@ -125,13 +125,13 @@ def rotated_heads(qkv, rotary, heads):
 def causal_attention(qkv, rotary, heads):
     """qkv (rows, N, 3 d), rotary (2, N, D/2) -> (rows, N, d)."""
     q, k, v = rotated_heads(qkv, rotary, heads)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (rows, H, N, D)
     return mixed.transpose(1, 2).flatten(2)  # (rows, H, N, D) -> (rows, N, d)
 
 
 class Attention(nn.Module):
     """The spatial blocks' causal self-attention, (rows, N, d) -> the same. With a cache (2, rows, H, length, D) x is
-    one token, N = 1, at `position`: its key and value are written there, and it attends to those up to it."""
+    one token, N = 1, whose key and value are written there at `position`: it attends to the cache up to it."""
 
     def __init__(self, config):
         super().__init__()
@@ -140,13 +140,13 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, rotary, cache=None, position=0):
-        qkv = self.wqkv(x)
+        qkv = self.wqkv(x)  # (rows, N, 3 d)
         if cache is None:
             return self.wo(causal_attention(qkv, rotary, self.heads))
-        q, k, v = rotated_heads(qkv, rotary, self.heads)
+        q, k, v = rotated_heads(qkv, rotary, self.heads)  # (rows, H, 1, D)
         cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
-        k, v = cache[:, :, :, : position + 1]
-        return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        k, v = cache[:, :, :, : position + 1]  # (rows, H, position + 1, D)
+        return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (rows, 1, d)
 
 
 class PairAttention(Attention):
@@ -163,9 +163,9 @@ class PairAttention(Attention):
             return self.wo(v)
         q, k = F.linear(x[:, 1], w_qk).unflatten(-1, (2, self.heads, -1)).float().unbind(1)  # (rows, H, D)
         first, second = v.unflatten(-1, (self.heads, -1)).float().unbind(1)  # (rows, H, D)
-        score = (q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[-1])
+        score = (q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[-1])  # (rows, H, 1)
         second = torch.lerp(first, second, score.sigmoid()).flatten(1)  # (rows, d)
-        return self.wo(torch.stack([v[:, 0], second.type_as(v)], dim=1))
+        return self.wo(torch.stack([v[:, 0], second.type_as(v)], dim=1))  # (rows, 2, d)
 
 
 class FeedForward(nn.Module):
@@ -199,11 +199,9 @@ class Block(nn.Module):
 
 
 class ARTransformer(nn.Module):
-    """Class-conditional transformer over tokens of two sub-tokens. State-dict entries: the released ones without
-    `transformer.`, no more.
-
-    Initialised N(0, 0.02), both heads zero. `class_dropout` is the probability with which training replaces an image's
-    class by the null class, number `num_classes`. `class_names`: list of names, or None."""
+    """Class-conditional transformer over tokens of two sub-tokens, initialised N(0, 0.02), both heads zero.
+    State-dict entries are the released ones without `transformer.` before them. `class_dropout` is the probability with
+    which training replaces an image's class by the null class, number `num_classes`. `class_names`: a list, or None."""
 
     def __init__(self, config):
         super().__init__()
@@ -328,8 +326,8 @@ class SubTokenOptions(NamedTuple):
 @fast.path("decode.draw_tokens")
 def draw_tokens(model, labels, uniforms, options, tokens, given):
     """Draw B images' tokens, one after the other. Nothing in here waits for the device.
-    labels (rows,), uniforms (B, of the whole grid, 2), options: the two sub-tokens' `SubTokenOptions`; given: the first
-    sub-tokens (B, n, 2). Returns the sub-tokens (B, tokens, 2) int64, and the two logits (rows, V) of the last token."""
+    labels (rows,); uniforms (B, a whole grid's tokens, 2); options: the two sub-tokens' `SubTokenOptions`; given: the
+    first sub-tokens (B, n, 2). Returns sub-tokens (B, tokens, 2) int64, and the last token's two logits (rows, V)."""
     rotary, config, drawn = model.rotary(), model.config, []
     x = model.class_emb["embedding_table"](labels)[:, None]  # (rows, 1, d)
     shape = (config.spatial_layers, 2, len(labels), config.heads, tokens, config.head_width)
@@ -348,14 +346,14 @@ def draw_tokens(model, labels, uniforms, options, tokens, given):
             # Both branches of guidance go on from the token drawn.
             embedded = embedding(sub_tokens[part]).repeat(len(x) // len(uniforms), 1)  # (B, d) -> (rows, d)
             elements = torch.cat([elements, embedded[:, None]], dim=1)
-        x = elements[:, 1:].sum(1, keepdim=True)  # the next position's input is the sum of the two embeddings
-        drawn.append(torch.stack(sub_tokens, dim=-1))
+        x = elements[:, 1:].sum(1, keepdim=True)  # (rows, 1, d): the two embeddings' sum is the next position's input
+        drawn.append(torch.stack(sub_tokens, dim=-1))  # (B, 2)
     return torch.stack(drawn, dim=1), logits
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
     """Logits (..., V) with -inf for what is left out; at least one entry stays. top_k: keep those that reach the k-th
-    largest (0: all). top_p: of these, keep the smallest set of the likeliest whose probability passes p (1: all)."""
+    largest (0: all). top_p: of these, keep the fewest likeliest whose probabilities' sum passes p (1: all)."""
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -370,11 +368,11 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 def draw(logits, uniforms):
     """An entry of softmax(logits) by inverse CDF: logits (B, V), uniforms (B,) in [0, 1) -> (B,) int64.
-    It is the first entry whose cumulative probability, of the uniforms' type, passes u; never one of probability 0."""
+    It is the first entry whose cumulative probability, computed in the uniforms' type, passes u."""
     likelihood = logits.to(uniforms.dtype).softmax(-1)
-    # Out are entries of probability 0: a GPU's parallel sums may step up there by rounding.
+    # Entries of probability 0 are never drawn, although a GPU's parallel sums may step up there by rounding.
     cumulative = likelihood.cumsum(-1).masked_fill(likelihood == 0, 0)
-    # Rounding may leave the total below u: then it is the entry that reaches the total.
+    # Rounding may leave the total below u: then the entry that reaches the total is drawn.
     passes = (cumulative > uniforms[:, None]) | (cumulative == cumulative.amax(-1, keepdim=True))
     return passes.int().argmax(-1)  # the first
 

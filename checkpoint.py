@@ -1,5 +1,5 @@
-"""Weights and training runs on disk: files of anyone's make are read without executing anything in them, released ones
-downloaded once into torch's hub cache, a run's own written so that a kill at any moment leaves a good one."""
+"""Weights and training runs on disk: anyone's files are read without executing anything in them, released ones are
+downloaded once into torch's hub cache, a run's own are written so that a kill at any moment leaves a good one."""
 
 import contextlib
 import fcntl
@@ -46,7 +46,7 @@ for _dtype, _name in torch.storage._dtype_to_storage_type_map().items():
 class _Unpickler(pickle._Unpickler):
     """The second reading: of the pickle in a zip archive of torch.save; tensors' bytes are records beside it."""
 
-    # What a file must not do: set the state of what it names, and have memory taken for bytes it lacks.
+    # A file must neither set the state of what it names nor have memory taken for bytes that it lacks.
     dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: lambda self: self.stack.pop()}
     del dispatch[pickle.BYTEARRAY8[0]]
 
@@ -69,7 +69,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _archive(file):
-    """A torch file's records. They never unpack to more than the file holds: torch packs none."""
+    """A torch file's zip archive. Its records must not be packed: they would unpack to more than the file holds."""
     archive = zipfile.ZipFile(file)
     records, size = archive.infolist(), os.fstat(file.fileno()).st_size
     if any(record.compress_type for record in records) or sum(record.file_size for record in records) > size:
@@ -169,8 +169,8 @@ def hash_of(state):
 
 # --- Finding ----------------------------------------------------------------------------------------------------------
 def download(url):
-    """The local file of `url` in torch's hub cache, fetched the first time: for all processes, or for none. Of
-    huggingface.co, from the mirror that the environment may name in HF_ENDPOINT."""
+    """The local file of `url` in torch's hub cache, fetched the first time; where that fails, all processes raise. For
+    huggingface.co stands the mirror that the environment may name in HF_ENDPOINT."""
     hub = "https://huggingface.co"
     url = url.replace(hub, (os.environ.get("HF_ENDPOINT") or hub).rstrip("/"))
     path, failure = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], None
@@ -191,8 +191,8 @@ def download(url):
 
 
 def _fetch(url, path):
-    """Download a file, whole or not at all. What has come stays in PATH.part: a broken connection is followed by
-    another, as long as each brings something, and so is a killed process by the next."""
+    """Download a file, whole or not at all. What has come stays in PATH.part: the next connection goes on from there
+    where one breaks, as long as each brings something, and so does the next process where one is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.part", "ab") as part:
         with contextlib.suppress(OSError):  # of a file system without locks
@@ -238,7 +238,7 @@ def locate(name_or_path, released):
 
 # --- Training state ---------------------------------------------------------------------------------------------------
 def checkpoints(folder):
-    """The checkpoints of a run, oldest first. A step_best.pt that someone put beside them is none of ours."""
+    """The checkpoints of a run, oldest first; a step_best.pt that someone put beside them is none."""
     names = os.listdir(folder) if Path(folder).is_dir() else []  # (glob finds none where it may not read)
     paths = [Path(folder, name) for name in names if re.fullmatch(r"step_[0-9]+\.pt", name)]
     return sorted(paths, key=lambda path: int(path.stem[5:]))
@@ -257,7 +257,7 @@ def write_atomically(path, content):
 
 def save_checkpoint(folder, state, keep_every=0):
     """Write `state` (plain tensors, numbers, strings; with its "step") as folder/step_XXXXXXXX.pt; returns the path.
-    Keeps the newest two up to it (later ones were passed over as damaged), and multiples of `keep_every` (0: none)."""
+    Keeps the newest two up to it (later ones are damaged: passed over), and multiples of `keep_every` (0: none)."""
     path = Path(folder) / f"step_{state['step']:08d}.pt"
     write_atomically(path, state)
     known = checkpoints(folder)
@@ -270,8 +270,8 @@ def save_checkpoint(folder, state, keep_every=0):
 def load_latest(rt, folder, kind):
     """(path, state) of the newest intact checkpoint of `kind` in a run folder, or (None, None) for a fresh start.
     A torn or foreign file is passed over for the older one, with a warning. A whole one of the other stage or without
-    training state, and one that cannot be read for now, is an error: the run would push it out or write over it. All
-    ranks read the file that the main process chose: every host has to see the folder."""
+    training state, or one that cannot be read for now, is an error: the run would delete or overwrite it. All ranks
+    read the file that the main process chose, so every host has to see the folder."""
     chosen = state = None
     if rt.main:
         for scratch in Path(folder).glob("step_*.pt.tmp"):  # a kill in the middle of a save left it
@@ -307,7 +307,7 @@ def restore(parts, state, path):
                 match(state.get(name), part.state_dict(), path, f"this run's {name}")
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Optimizer):
-                # A fused optimizer wants its moments to lie in memory as their parameters do, on whatever device.
+                # A fused optimizer wants its moments laid out in memory as their parameters are.
                 for parameter, moments in part.state.items():
                     alike = {key: value for key, value in moments.items() if value.shape == parameter.shape}
                     moments |= {key: torch.empty_like(parameter).copy_(value) for key, value in alike.items()}

@@ -39,10 +39,10 @@ ENDINGS = tuple(EXTENSIONS.split())
 # Pillow goes by content, not by name, and would hand PostScript to an interpreter: it may open these only.
 FORMATS = sorted({Image.registered_extensions().get(extension) for extension in ENDINGS} - {None})
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: editors write megabytes of history
-BAD_SHARE = 0.01  # of a data set's pictures may be unreadable; more stops the run
-_named = set()  # (source, name) of unreadable pictures that this process has named: an evaluation meets them again
+BAD_SHARE = 0.01  # of a data set's pictures may be unreadable; more stop the run
+_named = set()  # (source, name) of unreadable pictures that this process has named, for evaluations meet them again
 
-# First number of each random stream's seed: keeps apart what is drawn from equal numbers behind it. 2, 4, 5: elsewhere.
+# A seed's first number, one for each use: what is drawn from equal numbers behind it differs. 2, 4, 5: elsewhere.
 ORDER, CROP, CODE_CROP = 0, 1, 3
 
 
@@ -64,12 +64,12 @@ def to_picture(image):
 
 
 def picture_grid(images, columns):
-    """A PIL picture of a uint8 (N, 3, H, W) tensor on the CPU, row by row, two light pixels between neighbours."""
+    """uint8 (N, 3, H, W) -> a PIL picture of all, row by row, two light pixels between neighbours."""
     return to_picture(tile(images, columns))
 
 
 def tile(images, columns):
-    """The same as a tensor (3, H', W'); of clips (N, 3, T, H, W) a clip (3, T, H', W')."""
+    """The same as a tensor: (N, 3, H, W) -> (3, H', W'); of clips (N, 3, T, H, W) -> (3, T, H', W')."""
     between = (0, 2, 0, 2, *[0] * (2 * images.ndim - 5), -len(images) % columns)
     tiles = pad(images, between, value=230).unflatten(0, (-1, columns))  # (rows, columns, 3, [T,] H + 2, W + 2)
     return tiles.movedim((0, 1), (-4, -2)).flatten(-2).flatten(-3, -2)[..., :-2, :-2]
@@ -84,9 +84,9 @@ def open_pictures(source, size, train, seed=0, labelled=True):
     where there are no class folders, or one without pictures.
     size: None takes pictures as they are, neither resized nor cropped; `.shape` is None then.
 
-    Returns a dataset with `len()`, `.source`, `.kind` ("pictures"), `.classes` (names; folders sorted), `.labels` (int64
-    array), `.shape` (H, W), `.name(index)`, and `dataset[epoch, index]` -> (uint8 tensor (3, S, S), label), which raises
-    whatever Pillow raises for an unreadable picture. Raises UserError where none can be read."""
+    Returns a dataset with `len()`, `.source`, `.kind` ("pictures"), `.classes` (sorted names), `.labels` (int64 array),
+    `.shape` (H, W), `.name(index)`, and `dataset[epoch, index]` -> (uint8 tensor (3, S, S), label), which raises what
+    Pillow raises for an unreadable picture. Raises UserError where none can be read."""
     assert (size is None or size > 0) and seed >= 0
     if str(source).split(":")[0] == "glyphs":
         return Glyphs(str(source), size, train, seed)
@@ -156,7 +156,7 @@ def walk(source):
     """Yields (path from `source` on, names of its files) for `source` and each folder below, but for what is hidden.
     Links to folders are followed last. A folder seen before is shown empty: no loop and no second way adds files."""
     seen, tops = set(), [source]
-    for top in tops:  # grows by the links on the way
+    for top in tops:  # which grows by the links found on the way
         for folder, inside, files in os.walk(top, onerror=_stop):
             place, below = os.path.realpath(folder), os.path.relpath(folder, source)
             if place in seen:
@@ -173,8 +173,8 @@ def _stop(error):
 
 
 def identity(pictures):
-    """sha256 of what a data set holds, by which a run is resumed on the same pictures: the names of its classes, names
-    and labels of its pictures in order. Not of where it lies, nor of its pixels."""
+    """sha256 by which a run is resumed on the same pictures: of the names of a data set's classes, and of the names and
+    labels of its pictures in order. Not of where it lies, nor of its pixels."""
     entries = [f"{label} {pictures.name(index)}" for index, label in enumerate(pictures.labels)]
     text = "\0".join([*pictures.classes, "", *entries, ""])
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
@@ -182,7 +182,7 @@ def identity(pictures):
 
 @contextlib.contextmanager
 def plain_file(path):
-    # Without waiting: opening a named pipe would, for somebody who writes into it.
+    # O_NONBLOCK: opening a named pipe would wait for somebody who writes into it.
     with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
         if not os.path.isfile(file.fileno()):
             raise ValueError("it is no plain file")
@@ -193,7 +193,7 @@ def plain_file(path):
 def opened(path):
     """The picture at `path`, opened by Pillow and not yet decoded. Raises whatever Pillow raises for a file that is
     damaged, no picture, or so large that Pillow takes it for a decompression bomb."""
-    # Warnings: palettes with transparency, broken EXIF, sizes short of a bomb: nothing that changes pixels.
+    # Ignored are warnings of transparent palettes, broken EXIF, sizes short of a bomb: nothing that changes pixels.
     with plain_file(path) as file, warnings.catch_warnings(action="ignore"):
         try:
             picture = Image.open(file, formats=FORMATS)
@@ -270,7 +270,7 @@ class BadPictures:
 # --- Order and batches ------------------------------------------------------------------------------------------------
 class SampleOrder:
     """The samples of a whole run: number s is entry s % count of epoch s // count's permutation. So an epoch has each
-    picture once, batches straddle epochs, starting at any step is free."""
+    picture once, batches straddle epochs, and a run can start at any step at no cost."""
 
     def __init__(self, count, seed):
         self.count = count
@@ -290,7 +290,7 @@ class Batch(NamedTuple):
 
 
 def read_batch(pictures, entries, tries=1):
-    """The `Batch`, of NumPy arrays, of a list of (epoch, index). In the place of an unreadable picture stands the next
+    """The `Batch`, of NumPy arrays, of a list of (epoch, index). An unreadable picture's place is taken by the first
     readable one of the `tries` pictures from it on, a function of the entry alone; else all its crops are left out."""
     samples, unreadable = [], {}
     for epoch, index in entries:
@@ -308,7 +308,7 @@ def read_batch(pictures, entries, tries=1):
 
 def training_batches(dataset, seed, global_batch, micro_batch, rank, world, first_step, total_steps, workers=0):
     """Yields for each step, first_step (0-based) .. total_steps - 1, the list of this rank's micro-batches. Readable
-    pictures take the places of others, as CUDA graphs want one shape. Raises UserError where the sizes do not divide.
+    pictures replace unreadable ones, as CUDA graphs want one shape. Raises UserError where the sizes do not divide.
     A step's global batch is cut into a share for each rank in turn, and that into micro-batches. So two ranks with one
     micro-batch each see exactly what one rank with two sees. Nothing depends on `workers`."""
     share = split_batch(global_batch, micro_batch, world) * micro_batch  # of a step's samples
@@ -329,8 +329,8 @@ def evaluation_batches(dataset, batch, rank=0, world=1, workers=0, indices=None,
 
 
 def _loader(pictures, entries, full, workers):
-    """Yields the `Batch` of each list in `entries`, of `full` pictures where that is not 0. Between processes it holds
-    NumPy's arrays, through a pipe: torch's go through /dev/shm, which containers keep small; full, it hangs."""
+    """Yields the `Batch` of each list in `entries`, of `full` pictures where that is not 0. Workers send NumPy arrays,
+    through a pipe: torch's tensors go through /dev/shm, which containers keep small; where it is full, they hang."""
     pin = torch.accelerator.is_available()
     read = partial(read_batch, pictures, tries=enough_tries(pictures) if full else 1)
     # pin_memory leaves arrays alone, but has a thread take them out of the pipe.
@@ -345,8 +345,8 @@ def _loader(pictures, entries, full, workers):
 
 
 def _begin_worker(worker):
-    """Ctrl-C and a batch system's SIGTERM reach workers too: they serve on until the main process stops. One that
-    cannot send a batch ends, or the main process would wait for it."""
+    """Ctrl-C and a batch system's SIGTERM reach workers too, which must serve until the main process stops. A worker
+    that cannot send a batch ends: the main process would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
@@ -395,8 +395,8 @@ def read_manifest(folder):
 
 class open_codes:
     """The readable pictures' codes of the complete cache in `folder`; UserError where it is none. Scans no codes.
-    `len()`, `.labels` (int64 array), `.classes` (names), `.grid` (h, w) or (t, h, w), `.manifest`, `.identity` (hash of
-    what decides the codes); `.codes`, memory map int32 (count, max(1, crops), h*w); `.rows`, the readable ones in it."""
+    `len()`, `.labels` (int64 array), `.classes` (names), `.grid` (h, w) or (t, h, w), `.manifest`, `.identity` (hash
+    of what decides the codes); `.codes`, a memory map int32 (count, max(1, crops), h*w), and its readable `.rows`."""
 
     def __init__(self, folder):
         self.manifest = read_manifest(folder)
@@ -422,5 +422,5 @@ class open_codes:
         crops, rng = self.codes.shape[1], np.random.default_rng
         crop = [rng([CODE_CROP, seed, *entry]).integers(crops) if crops > 1 else 0 for entry in entries]
         indices = np.array([index for _, index in entries])
-        codes = self.codes[self.rows[indices], crop].astype(np.int64)
+        codes = self.codes[self.rows[indices], crop].astype(np.int64)  # (b, h*w)
         return torch.from_numpy(codes), torch.from_numpy(self.labels[indices])

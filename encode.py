@@ -42,7 +42,7 @@ def parse(argv=None):
     add("--tokenizer", required=True, help="released name (256_L; or B, for the one that B has), file, or run folder")
     add("--raw", action="store_true", help="the training weights instead of their moving average (EMA)")
     add("--batch", type=at_least(1), help="crops a device at once (default: 64; of clips 4)")
-    # A code is the sign of a latent, and rounding turns some: another token, not a slightly different one.
+    # Codes are signs of latents. Where rounding turns one, the token is another, not a slightly different one.
     add("--precision", default="fp32", help="fp32; or bf16, fp16: faster, and some codes differ")
     add = arguments.add_argument_group("output").add_argument
     add("--out", required=True, help="the cache's folder")
@@ -50,9 +50,9 @@ def parse(argv=None):
 
 
 class CodeWriter:
-    """Makes a code cache (its files: see data.py), or goes on with an unfinished one; ranks write their rows together,
-    once rank 0 has its writer. settings: the manifest's entries, which decide the codes. A cache made with others
-    (`source` apart: a folder may move) is refused with a UserError naming them."""
+    """Creates a code cache (its files: see data.py), or opens an unfinished one to go on with it. Rank 0 comes first;
+    then every rank writes its own rows. settings: the manifest's entries, which decide the codes. A cache made with
+    others (`source` apart: a folder may move) is refused with a UserError naming them."""
 
     def __init__(self, folder, settings):
         self.folder = Path(folder)
@@ -83,8 +83,8 @@ class CodeWriter:
         return np.fromfile(self.folder / "labels.bin", np.int32)
 
     def write(self, indices, codes, labels):
-        """Set whole rows: indices (b,), codes (b, max(1, crops), h*w), labels (b,), on the CPU. A label follows once
-        its codes are on the disk: no kill or power cut leaves a row that looks done and is not."""
+        """Set whole rows: indices (b,), codes (b, max(1, crops), h*w), labels (b,), on the CPU. Labels are written once
+        their codes are on the disk: no kill or power cut leaves a row that looks done and is not."""
         self._put("codes.bin", indices, codes)
         self._put("labels.bin", indices, labels)
 
@@ -92,7 +92,7 @@ class CodeWriter:
         self._put("labels.bin", indices, [data.UNREADABLE] * len(indices))
 
     def _put(self, name, indices, rows):
-        # Plain writes: through a memory map, a full disk ends the process without a word.
+        # Not through a memory map: a full disk would end the process without a word.
         with open(self.folder / name, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
             for index, row in zip(indices, np.asarray(rows, np.int32), strict=True):
                 file.seek(int(index) * row.nbytes)

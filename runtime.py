@@ -1,4 +1,4 @@
-"""What every script shares: device and processes, precision and seeds, the run's folder and log, flags, files, its end.
+"""What every script shares: device and processes, precision and seeds, the run's folder, files, flags, the end.
 
     rt = runtime.start()            # first in main(): this process's device, and its rank among all
     runtime.run_script(main)        # last in the file: runs main(); what the user can put right ends in one line
@@ -35,7 +35,7 @@ class UserError(ValueError):
 
 
 class Damaged(UserError):
-    """There is no such file, or it is not what it should be: it is lost, and whoever can may go on without it."""
+    """A file is missing or not what it should be: it is lost, and whoever can go on without it may."""
 
 
 class Runtime:
@@ -78,7 +78,7 @@ class Runtime:
         return network
 
     def share_parameters(self, module):
-        """Give every rank the main process's: equal seeds draw equal ones, but for last bits on other kinds of CPU."""
+        """Give every rank the main process's parameters: of equal seeds, other kinds of CPU draw other last bits."""
         if self.world > 1:
             for parameter in module.parameters():
                 dist.broadcast(parameter.detach(), src=0)
@@ -90,7 +90,7 @@ class Runtime:
 def start():
     """Pick this process's device and, under torchrun, join the process group. Returns a `Runtime`."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        # Where torchrun is killed by SIGKILL, its ranks would train on, beside the run that is started next.
+        # Otherwise a SIGKILL of torchrun leaves its ranks training, beside the run that is started next.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG of <linux/prctl.h>
     rank, world, local_rank = _launched()
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -125,9 +125,9 @@ def _launched():
 
 
 def _fresh_store(rank, world):
-    """The store through which this launch's ranks find one another. In torchrun's, which stays over all restarts, they
-    would find the addresses of those before them. So each rank leaves a new random name and waits under it; rank 0
-    answers every name that it finds (of ranks that are gone, too) with a new random prefix, until all confirmed it."""
+    """The store through which this launch's ranks find one another. torchrun's outlives restarts: in it they would find
+    the addresses of ranks before them. So each rank leaves a new random name there and waits for an answer under it;
+    rank 0 answers every name (of ranks that are gone, too) with a new random prefix, until all have confirmed it."""
     store, *_ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
     name = prefix = os.urandom(16).hex()
     if rank > 0:
@@ -136,7 +136,7 @@ def _fresh_store(rank, world):
         store.set(f"{prefix}/{rank}", "has it")
     while rank == 0 and not store.check([f"{prefix}/{other}" for other in range(1, world)]):
         for other in range(1, world):
-            store.set(store.get(f"name/{other}").decode(), prefix)  # waits for the first such name
+            store.set(store.get(f"name/{other}").decode(), prefix)  # get waits for the first such name
         time.sleep(0.02)
     return dist.PrefixStore(prefix, store)
 
@@ -160,8 +160,8 @@ def rounding_switches(device):
 
 @contextlib.contextmanager
 def exact_float32(device):
-    """float32 that means it, also in a notebook, where torch's defaults hold: neither autocast nor rounded factors,
-    which would move Inception's features by percents."""
+    """Context of true float32, also in a notebook, where torch's defaults hold: neither autocast nor rounded factors,
+    which would change Inception's features by percents."""
     before = [(*switch, getattr(*switch)) for switch in rounding_switches(device)]
     for switch in rounding_switches(device):
         setattr(*switch, False)
@@ -192,8 +192,8 @@ def seed_of(*numbers):
 
 
 def seed_everything(*numbers):
-    """Seed torch's generators (all devices) from any non-negative integers, for instance (seed, step, micro-batch).
-    This is why no random state is ever saved: every draw of training is a function of its place in the run."""
+    """Seed torch's generators (all devices) from any non-negative integers, for instance (seed, step, micro-batch): so
+    every draw of training is a function of its place in the run, and no random state is ever saved."""
     torch.manual_seed(seed_of(*numbers))
 
 
@@ -234,8 +234,8 @@ class StopSignal:
 
 @contextlib.contextmanager
 def replacing(path):
-    """A new binary file, to be written, that takes the place of `path` at the end: a reader sees the old file or the
-    new one, never half. Nothing is left of a failure, which is a UserError, and no link is written through."""
+    """Context of a new binary file to write, which takes the place of `path` at the end: a reader sees the old file or
+    the new one, never half. A failure leaves nothing and is a UserError; no link is written through."""
     scratch = Path(f"{path}.tmp")
     scratch.unlink(missing_ok=True)
     try:
@@ -253,14 +253,14 @@ def replacing(path):
 
 
 def write_json(path, content):
-    """Write JSON by way of `replacing`; what JSON does not know is written as str() has it."""
+    """Write JSON by way of `replacing`; what JSON does not know is written as str() gives it."""
     with replacing(path) as file:
         file.write(json.dumps(content, indent=1, default=str).encode() + b"\n")
 
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Around the reading of a user's file, which should be `what`: whatever is raised becomes a UserError of one line.
+    """Context in which a user's file, which should be `what`, is read: any exception becomes a UserError of one line.
     It is `Damaged` unless the file may be good and cannot be read for now (permissions, a network's disk, memory)."""
     try:
         if not Path(path).is_file():
@@ -307,7 +307,7 @@ def parse_with_presets(arguments, presets, argv=None):
 
 
 def at_least(lowest, kind=int, highest=None, word=None):
-    """An argparse type: `word`, or a number from `lowest` to `highest` (None: what no computation overflows with)."""
+    """An argparse type: `word`, or a number from `lowest` to `highest` (None: large, but nothing overflows)."""
     highest = highest if highest is not None else 10**10 if kind is int else 1e30
 
     def number(text):
@@ -326,16 +326,16 @@ def at_least(lowest, kind=int, highest=None, word=None):
 # --- The end of a script ----------------------------------------------------------------------------------------------
 def run_script(main):
     """Run a script's main(), and leave. What the user can put right ends in one line and exit code 2, Ctrl-C in code
-    130, all else in a traceback and code 1. All without Python's own exit: it would wait for loader processes, other
-    ranks may wait for this one, and a thread of gloo that lets go of a tensor meanwhile aborts the process."""
+    130, all else in a traceback and code 1. Python's own exit is left out: it would wait for loader processes while
+    other ranks wait for this one, and a thread of gloo that frees a tensor meanwhile aborts the process."""
     script, rank, code = Path(sys.argv[0]).name, os.environ.get("RANK", "0"), 0
     script += "" if rank == "0" else f" [rank {rank}]"
     warnings.formatwarning = lambda message, *_, **__: printable(f"{script}: warning: {message}\n")
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed: before a file of ours takes its number
+        if getattr(sys, name) is None:  # closed by whoever started us: a file of ours would take its number
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
             setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):  # which may lack letters of a name, and which nobody need be reading
+    for stream in (sys.stdout, sys.stderr):  # whose encoding may lack a name's letters, and whose reader may be gone
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
         stream.write, stream.flush = _lossy()(stream.write), _lossy()(stream.flush)
     try:
@@ -350,7 +350,7 @@ def run_script(main):
 
 def _ending(error):
     """(exit code, words) for the exception that ends a script."""
-    spent = error  # while a CUDA graph is recorded, memory running out makes something else fail
+    spent = error  # out of memory, perhaps further up: while a CUDA graph is recorded, something else then fails, too
     while spent and not _out_of_memory(spent):
         spent = spent.__context__
     if isinstance(error, KeyboardInterrupt):
@@ -378,7 +378,7 @@ def _lossy():
 
 
 def printable(text):
-    """A text whose control characters, escape sequences of a file's name say, are spelt out; lines stay."""
+    """The text with its control characters (of a file's name, say) spelt out, but for line ends and tabs."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 

@@ -130,7 +130,7 @@ def main():
     order = data.SampleOrder(len(codes), args.seed)
     epoch_steps, total = training.run_length(args, len(codes))
 
-    # The transformer to begin with; its sizes, too
+    # The transformer to begin with, which gives the sizes, too
     init, init_hash = None, False
     if args.init:
         path = rt.share(locate(args.init, RELEASED_AR))
@@ -155,7 +155,7 @@ def main():
             rt.say(f"{path} knows other classes than {args.codes}: their embeddings begin afresh")
             del entries["class_emb.embedding_table.weight"]
         model.load_state_dict(entries, strict=False)
-        del init, carried, entries  # 6 GB of an XL
+        del init, carried, entries  # of an XL, 6 GB
     if args.checkpoint_activations:
         for block in [*model.spatial_blocks, *model.factorized_blocks]:
             rerun_in_backward(block)
@@ -165,7 +165,7 @@ def main():
         loss_terms = torch.compile(cross_entropies, dynamic=False)
     rt.share_parameters(model.to(rt.device))
 
-    # Optimizer. The published code makes two groups, but its schedule then writes the decay into both: all decay.
+    # Optimizer. All weights decay: the published code spares some, but its schedule writes the decay into them, too.
     fused = rt.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=fused)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=args.precision == "fp16")
@@ -257,7 +257,7 @@ def draw_samples(rt, model, tokenizer, args):
     labels = torch.linspace(0, classes - 1, min(8, classes)).long().repeat_interleave(4).to(rt.device)
     rt.place(tokenizer)
     with runtime.autocast(rt.device, args.precision):
-        for first in range(0, len(labels), 4):  # few at once: weights, gradients and Adam's means stay
+        for first in range(0, len(labels), 4):  # few at once: all that training needs stays in memory beside them
             some, seeds = labels[first : first + 4], range(first, first + 4)
             indices = model.generate(some, (4.0, 4.0), top_p=(0.96, 0.96), seeds=seeds)
             images.append(data.to_uint8(tokenizer.decode(indices.unflatten(1, model.config.shape))).cpu())

@@ -35,8 +35,7 @@ def add_run_flags(arguments, out, log_every, evaluated, eval_pictures):
     add("--steps", type=at_least(0), help="length of the run in steps instead, where not 0")
     add = arguments.add_argument_group("speed").add_argument
     add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
-    graphs = "compile what pays, and replay passes as CUDA graphs unless --global-entropy forbids it; "
-    graphs += "default: on a GPU, for runs of 500 steps or more"
+    graphs = "compile, and replay CUDA graphs (not with --global-entropy); default: on a GPU, for 500 steps or more"
     add("--compile", action=argparse.BooleanOptionalAction, help=graphs)
     add = arguments.add_argument_group("output").add_argument
     add("--out", default=out, help="the run's folder")
@@ -93,7 +92,7 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
-        # Where the run that this one resumes ended between a save and the end of the evaluation
+        # The run that this one resumes may have ended after a save, before the evaluation that is due with it.
         self.lacks_evaluation = rt.share(self.step > 0 and self.due(args.eval_every) and not evaluated)
         self.bar = tqdm(total=self.total, initial=self.step, disable=None if rt.main else True, dynamic_ncols=True)
         self.last_time, self.last_step = time.perf_counter(), self.step
@@ -121,7 +120,7 @@ class Run:
         self.note(f"left {left}", **values, images_per_second=self.args.global_batch / seconds, memory_gib=memory)
 
     def note(self, *words, **values):
-        """Log words, on the screen only, and values. What went before (an evaluation) counts in no line's speed."""
+        """Log values and, on the screen only, words. The time until now (of an evaluation) counts in no line's speed."""
         self.last_time, self.last_step = time.perf_counter(), self.step
         if not self.rt.main:
             return
@@ -146,14 +145,14 @@ class Run:
         self.checkpoint = self.rt.share(self.checkpoint)
 
     def save_samples(self, images, columns):
-        """Write this step's uint8 pictures (N, 3, H, W) as a .png, on one process; clips (N, 3, T, H, W) as a .webp, and
-        their first, middle and last frames as a .png."""
+        """Write this step's uint8 pictures (N, 3, H, W) as a .png; clips (N, 3, T, H, W) as a .webp, and their first,
+        middle and last frames as a .png. On one process."""
         path = self.folder / "samples" / f"step_{self.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         sheet = tile(images, columns)  # (3, [T,] H, W)
         if sheet.ndim == 4:
             write_video(path.with_suffix(".webp"), sheet)
-            sheet = tile(sheet[:, [0, sheet.shape[1] // 2, -1]].movedim(1, 0), columns=1)
+            sheet = tile(sheet[:, [0, sheet.shape[1] // 2, -1]].movedim(1, 0), columns=1)  # (3, H, W)
         with replacing(path) as file:
             to_picture(sheet).save(file, "PNG")
 
