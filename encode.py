@@ -180,7 +180,7 @@ def main():
         return f"{done_by_all} of {len(todo)} {kind}, {images} {unit}, {took:.1f} s, {images / took:.1f} {unit}/s"
 
     for _ in range(rounds):
-        batch = next(batches, data.Batch((), (), (), {}))  # empty where this rank's share was smaller
+        batch = next(batches, data.Batch((), (), (), {}))  # empty where this rank's share is used up
         if len(batch.labels):
             codes = encode(rt, tokenizer, batch.images, args.batch, args.precision)
             codes = codes.view(-1, crops, codes.shape[1])  # (b, h*w) -> (pictures, crops, h*w)

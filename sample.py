@@ -12,7 +12,6 @@ classes and M given pictures, picture i shows class i % K, goes on from given pi
 too: FOLDER/config.json, OUT.json.
 As in Open-MAGVIT2 (arXiv 2409.04410), classifier-free guidance has a scale for each sub-token."""
 
-import functools
 import json
 import math
 import os
@@ -100,7 +99,7 @@ def main():
         ways = f"clips, for --out {', '.join(ANIMATED)}, .npz or a folder" if video else "pictures, for --out .png"
         raise UserError(f"{files['model']} draws {ways}")
     if video and args.html is not None:
-        raise UserError(f"{files['model']} draws clips, which no page shows: run without --html")
+        raise UserError("--html is of pictures, and this model draws clips")
     if grid and out.suffix.lower() == ".mp4":
         pyav()
     ours = os.path.realpath(files["model"]) == os.path.realpath(RELEASED_AR["emoji"])
@@ -131,14 +130,14 @@ def main():
     work = out if kind == "folder" else Path(f"{out}.parts")  # each batch goes there as soon as it is made
     if rt.main:
         refuse_others(work, settings)
-    needed, kept = min(len(photos), (count - 1) // len(classes) + 1), kept * math.prod(shape[1:])
+    needed, kept = min(len(photos), (count - 1) // len(classes) + 1), kept * math.prod(shape[1:])  # photos, tokens
     given = encode_given(rt, tokenizer, photos, needed, kept) if args.given else torch.zeros(1, 0, dtype=torch.int64)
     runtime.open_run(rt, work, settings)
 
     # Batches, shared out over ranks. They are the same whatever the number of ranks, so that rounding is too.
     batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     labels = [classes[i % len(classes)] for i in range(count)]
-    plain = [re.sub(r"[^\w.-]", "_", name)[:50] for name in names]  # that a file's name can hold
+    plain = [re.sub(r"[^\w.-]", "_", name)[:50] for name in names]  # as a file's name can hold them
 
     def files_of(batch):
         if kind != "folder":
@@ -146,7 +145,6 @@ def main():
         return [work / f"{i:06d}_{plain[labels[i]]}.{'webp' if video else 'png'}" for i in batch]
 
     todo = [batch for batch in batches[rt.rank :: rt.world] if not all(file.exists() for file in files_of(batch))]
-    draw_batch = functools.partial(draw, rt, model, tokenizer, options, precision, args.rounding, frames)
     rt.barrier()
     started = time.perf_counter()
     # While the device makes a batch, a thread writes the one before; nothing here waits for the device but that thread.
@@ -155,7 +153,8 @@ def main():
         for batch in tqdm(todo, unit="batch", disable=None if rt.main else True, dynamic_ncols=True):
             seeds = [runtime.seed_of(args.seed, i) for i in batch]
             first_tokens = given[[i // len(classes) % len(given) for i in batch]]
-            pictures = draw_batch(torch.tensor([labels[i] for i in batch]), seeds, first_tokens)
+            inputs = torch.tensor([labels[i] for i in batch]), seeds, first_tokens
+            pictures = draw(rt, model, tokenizer, options, precision, args.rounding, frames, *inputs)
             pictures = pictures.movedim(1, -1).to("cpu", non_blocking=True)  # (B, [T,] H, W, 3)
             copied = torch.get_device_module(rt.device).Event()  # torch.Event: not with every torch_npu
             copied.record()
@@ -195,7 +194,7 @@ def draw(rt, model, tokenizer, options, precision, rounding, frames, labels, see
         pictures = to_uint8(tokenizer.decode(indices.unflatten(1, model.config.shape)), rounding)
     if not frames or pictures.shape[2] >= frames:
         return pictures[:, :, :frames]  # None: all there are
-    # The last frame, as it is shown, encoded alone, is the first latent frame of the clip that follows.
+    # The next window begins with the last frame as it is shown: encoded alone, it is one latent frame.
     given = torch.cat([tokenizer.encode(to_float(clip[None, :, -1:])).flatten(1) for clip in pictures])
     seeds, left = [runtime.seed_of(seed, 1) for seed in seeds], frames - pictures.shape[2] + 1
     following = draw(rt, model, tokenizer, options, precision, rounding, left, labels, seeds, given)
@@ -325,7 +324,7 @@ def store(files, pictures, copied):
 
 
 def write_grid(out, parts, count, rows):
-    """One picture, or video: a row a class, a column a sample, the rest of the last column empty."""
+    """One picture, or video: a row a class, a column a sample; the last column may end early."""
     pictures = [np.load(part) for part in parts]
     empty = np.full((-count % rows, *pictures[0].shape[1:]), 230, np.uint8)
     sheet = torch.from_numpy(np.concatenate([*pictures, empty])).unflatten(0, (-1, rows))  # picture i: row i % rows

@@ -220,7 +220,7 @@ def test_longer_and_shorter_clips(models, files, tmp_path, monkeypatch):
     "flags, words",
     [
         (["--out", "x.png"], r"draws clips, for --out .webp, .gif, .mp4, .npz or a folder$"),
-        (["--html"], "draws clips, which no page shows: run without --html$"),
+        (["--html"], "--html is of pictures, and this model draws clips$"),
         (["--out", "x.mp4"], "PyAV, .* is not installed"),
         (["--tokenizer", "images"], "one is of videos, the other of images; name the one it was trained with"),
         (["--given", "videos", "--given-rows", 1], "--given is cut by --given-frames, one of 1, 3, 5$"),
