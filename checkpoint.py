@@ -169,8 +169,8 @@ def hash_of(state):
 
 # --- Finding ----------------------------------------------------------------------------------------------------------
 def download(url):
-    """The local file of `url` in torch's hub cache, fetched the first time; where that fails, all processes raise. For
-    huggingface.co stands the mirror that the environment may name in HF_ENDPOINT."""
+    """The local file of `url` in torch's hub cache, fetched the first time; where that fails, all processes raise.
+    HF_ENDPOINT in the environment may name a mirror of huggingface.co."""
     hub = "https://huggingface.co"
     url = url.replace(hub, (os.environ.get("HF_ENDPOINT") or hub).rstrip("/"))
     path, failure = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], None

@@ -40,7 +40,7 @@ ENDINGS = tuple(EXTENSIONS.split())
 FORMATS = sorted({Image.registered_extensions().get(extension) for extension in ENDINGS} - {None})
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: editors write megabytes of history
 BAD_SHARE = 0.01  # of a data set's pictures may be unreadable; more stop the run
-_named = set()  # (source, name) of unreadable pictures that this process has named, for evaluations meet them again
+_named = set()  # (source, name) of unreadable pictures that this process has named: evaluations meet them again
 
 # A seed's first number, one for each use: what is drawn from equal numbers behind it differs. 2, 4, 5: elsewhere.
 ORDER, CROP, CODE_CROP = 0, 1, 3
