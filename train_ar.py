@@ -29,7 +29,7 @@ from tokenizer import load_tokenizer
 PAPER = {"global_batch": 768, "micro_batch": 24, "lr": 3e-4, "epochs": 300, "warmup_epochs": 6, "steps": 0}
 TINY = {"global_batch": 64, "micro_batch": 64, "lr": 1.5e-3, "epochs": 0, "warmup_epochs": 0.5, "steps": 470}
 # Ours, of clips. video_B is for UCF-101, in steps of about as many tokens as B's; nobody has trained it.
-VIDEO_TINY = {**TINY, "global_batch": 32, "micro_batch": 32, "warmup_epochs": 0.3, "steps": 1150}
+VIDEO_TINY = {**TINY, "global_batch": 32, "micro_batch": 32, "warmup_epochs": 0.3, "steps": 1200}
 VIDEO_B = {**PAPER, "global_batch": 128, "micro_batch": 16, "epochs": 1000, "warmup_epochs": 20}
 PRESETS = {"tiny": TINY, "B": PAPER, "L": PAPER, "XL": {**PAPER, "lr": 2.4e-4, "epochs": 350, "warmup_epochs": 7}}
 PRESETS |= {"video_tiny": VIDEO_TINY, "video_B": VIDEO_B}
