@@ -20,14 +20,14 @@ def test_twelve_questions_of_few_lines():
 @pytest.fixture(scope="module")
 def beginning():
     names = {}
-    exec(compile(BEGINNING, "docs/reading.md", "exec"), names)
+    exec(compile(BEGINNING, "docs/reading.md", "exec"), names)  # noqa: S102
     return names
 
 
 @pytest.mark.parametrize("number", range(1, 13))
 def test_snippet(number, beginning):
     torch.manual_seed(0)
-    exec(compile(SNIPPETS[number - 1], f"docs/reading.md, question {number}", "exec"), dict(beginning))
+    exec(compile(SNIPPETS[number - 1], f"docs/reading.md, question {number}", "exec"), dict(beginning))  # noqa: S102
 
 
 def test_what_it_points_to_is_there():
