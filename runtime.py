@@ -363,6 +363,8 @@ def _ending(error):
         words = f"could not write a file: {error.strerror}; free some space and run again"
     elif spent:
         words = f"out of memory; give a smaller --batch or --micro-batch: {reason_of(spent)}"
+    elif isinstance(error, RuntimeError) and re.search("Connection (closed|reset) by peer", str(error)):
+        words = "another process has ended; its own message says why"
     elif "DataLoader worker" in str(error):
         words = f"a loader process has ended; give fewer --workers, 0 does without any: {reason_of(error)}"
     else:

@@ -132,6 +132,13 @@ def test_a_rank_killed_under_torchrun(restarts, run_folder, tmp_path):
         assert (tmp_path / "step_00000001.pt").exists() and not (tmp_path / "step_00000004.pt").exists()
 
 
+def test_what_one_rank_alone_finds_wrong_ends_the_other_in_a_line(tmp_path):
+    (tmp_path / "other.txt").write_text("of somebody else's")
+    flags = ["--model", "emoji", "--count", 2, "--out", tmp_path]
+    errors = run("sample.py", *flags, processes=2, code=2).stderr.splitlines()
+    assert len(errors) == 2 and str(tmp_path) in errors[0] and "another process has ended" in errors[1], errors
+
+
 def _join_late():
     """The second rank looks into the store once more, a second after the first one has joined."""
     join = torch.distributed.init_process_group
