@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from glyphs import Glyphs
-from runtime import UserError, printable, reading, reason_of, split_batch
+from runtime import UserError, printable, reading, reason_of, replacing, split_batch
 
 EXTENSIONS = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp"  # in capitals too
 ENDINGS = tuple(EXTENSIONS.split())
@@ -63,13 +63,15 @@ def to_picture(image):
     return Image.fromarray(image.movedim(0, -1).cpu().contiguous().numpy())
 
 
-def picture_grid(images, columns):
-    """uint8 (N, 3, H, W) -> a PIL picture of all, row by row, two light pixels between neighbours."""
-    return to_picture(tile(images, columns))
+def save_png(path, image):
+    """Write a uint8 picture (3, H, W), by way of `replacing`."""
+    with replacing(path) as file:
+        to_picture(image).save(file, "PNG")
 
 
 def tile(images, columns):
-    """The same as a tensor: (N, 3, H, W) -> (3, H', W'); of clips (N, 3, T, H, W) -> (3, T, H', W')."""
+    """uint8 pictures (N, 3, H, W) -> one of all, (3, H', W'), row by row, two light pixels between neighbours; clips
+    (N, 3, T, H, W) -> (3, T, H', W')."""
     between = (0, 2, 0, 2, *[0] * (2 * images.ndim - 5), -len(images) % columns)
     tiles = pad(images, between, value=230).unflatten(0, (-1, columns))  # (rows, columns, 3, [T,] H + 2, W + 2)
     return tiles.movedim((0, 1), (-4, -2)).flatten(-2).flatten(-3, -2)[..., :-2, :-2]

@@ -225,8 +225,7 @@ def main():
             if video:
                 write_video(paths[index], y)
             else:
-                with runtime.replacing(paths[index]) as file:
-                    data.to_picture(y).save(file, "PNG")
+                data.save_png(paths[index], y)
         if args.html is not None and index < LIMIT:
             value = psnr(*float64(x[None], y[None])).item()
             words = "given back exactly (PSNR infinite)" if value == math.inf else f"{value:.2f} dB"
@@ -255,8 +254,7 @@ def main():
     report(rt, numbers, notes, protocol)
     values = {name: str(value) if value == math.inf else value for name, value in numbers.items()}
     runtime.write_json(out / "metrics.json", values | {"notes": notes, "protocol": protocol})
-    with runtime.replacing(out / "reconstructions.png") as file:
-        data.picture_grid(shown.flatten(0, 1), columns=shown.shape[1]).save(file, "PNG")
+    data.save_png(out / "reconstructions.png", data.tile(shown.flatten(0, 1), columns=shown.shape[1]))
     if args.html is not None:
         page, title = args.html or out / "reconstructions.html", f"Rebuilt by {args.tokenizer}"
         write_page(page, title, entries, numbers["pictures"])

@@ -16,7 +16,6 @@ import math
 import os
 import struct
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import scipy.linalg
@@ -357,8 +356,12 @@ def parse(argv=None):
     add("--convention", default="tf1", choices=CONVENTIONS, help="resize: tf1 as ADM, half-pixel as pytorch-fid")
     add("--inception", help=f"weights file, {INCEPTION_FILE} (default: torch's hub cache, or downloaded)")
     add = arguments.add_argument_group("output").add_argument
-    add("--save-stats", help="write the reference's statistics to this .npz, for use in its place")
-    add("--json", help="write numbers, protocol and warnings to this file")
+    add(
+        "--save-stats",
+        type=runtime.new_file,
+        help="write the reference's statistics to this .npz, for use in its place",
+    )
+    add("--json", type=runtime.new_file, help="write numbers, protocol and warnings to this file")
     add = arguments.add_argument_group("speed (changes no number)").add_argument
     add("--batch", type=at_least(1), default=64, help="pictures a device at once")
     add("--workers", type=at_least(0), default=2, help="loader processes per device")
@@ -372,11 +375,6 @@ def main():
     args = parse()
     rt = runtime.start()
     # Check and open everything before any work: a wrong path fails at once, not after an hour.
-    for path in (Path(path) for path in (args.json, args.save_stats) if path):
-        if path.exists() and not path.is_file():
-            raise UserError(f"cannot write {path}: it is a folder or a device")
-        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-            raise UserError(f"cannot write {path}: its folder does not exist or is read-only")
     sets = [PictureSet(rt, path) for path in (args.reference, args.samples) if path]
     if args.save_stats and sets[0].pictures is None:
         raise UserError(f"{args.reference} holds no pictures, only statistics: nothing to save for --save-stats")

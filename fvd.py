@@ -157,7 +157,7 @@ def parse(argv=None):
     add("--frames", type=at_least(9), default=17, help="of a folder's clips, the videos' middle")
     add("--size", type=at_least(1), default=128, help="side of a folder's clips, pixels")
     add("--i3d", help=f"weights file, {I3D_FILE} (default: the one in torch's hub cache)")
-    add("--json", help="write numbers, protocol and warnings to this file")
+    add("--json", type=runtime.new_file, help="write numbers, protocol and warnings to this file")
     add("--batch", type=at_least(1), default=16, help="clips a device at once; changes no number")
     add("--workers", type=at_least(0), default=2, help="loader processes per device, for folders; changes no number")
     return arguments.parse_args(argv)

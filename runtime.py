@@ -323,6 +323,15 @@ def at_least(lowest, kind=int, highest=None, word=None):
     return number
 
 
+def new_file(path):
+    """An argparse type: a file to write at the end, refused at the beginning where that cannot be."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"cannot write {path}: it is a folder or a device")
+    if not os.access(Path(path).parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {path}: its folder does not exist or is read-only")
+    return path
+
+
 # --- The end of a script ----------------------------------------------------------------------------------------------
 def run_script(main):
     """Run a script's main(), and leave. What the user can put right ends in one line and exit code 2, Ctrl-C in code

@@ -32,7 +32,7 @@ import runtime
 from ar_model import AR_SIZES, RELEASED_AR, load_ar
 from checkpoint import changed_settings, hash_of, locate
 from clips import open_clips, pyav, write_video
-from data import identity, open_pictures, read_batch, tile, to_float, to_picture, to_uint8
+from data import identity, open_pictures, read_batch, save_png, tile, to_float, to_uint8
 from page import write_page
 from runtime import UserError, at_least
 from tokenizer import RELEASED, load_tokenizer
@@ -331,8 +331,7 @@ def write_grid(out, parts, count, rows):
     sheet = tile(sheet.transpose(0, 1).flatten(0, 1).movedim(-1, 1), columns=len(sheet))  # (3, [T,] H, W)
     if sheet.ndim == 4:
         return write_video(out, sheet)
-    with runtime.replacing(out) as file:
-        to_picture(sheet).save(file, "PNG")
+    save_png(out, sheet)
 
 
 def write_npz(out, parts, shape):

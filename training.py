@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import changed_settings, load_latest, restore, save_checkpoint
 from clips import write_video
-from data import tile, to_picture
+from data import save_png, tile
 from runtime import StopSignal, UserError, at_least, open_run, reading, replacing, split_batch
 
 
@@ -153,8 +153,7 @@ class Run:
         if sheet.ndim == 4:
             write_video(path.with_suffix(".webp"), sheet)
             sheet = tile(sheet[:, [0, sheet.shape[1] // 2, -1]].movedim(1, 0), columns=1)  # (3, H, W)
-        with replacing(path) as file:
-            to_picture(sheet).save(file, "PNG")
+        save_png(path, sheet)
 
     def _watch(self, *tensors):
         for tensor in tensors:

@@ -110,7 +110,7 @@ def test_levels():
 
 def test_picture_grid():
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 6)
-    sheet = np.array(data.picture_grid(images, columns=2))
+    sheet = np.array(data.to_picture(data.tile(images, columns=2)))
     assert sheet.shape == (3 * 4 + 2 * 2, 2 * 6 + 2, 3)
     assert (sheet[:4, :6] == 0).all() and (sheet[:4, 8:] == 1).all() and (sheet[12:, :6] == 4).all()
     assert (sheet[4:6] == 230).all() and (sheet[12:, 8:] == 230).all()
@@ -121,7 +121,7 @@ def test_tiles_of_clips_are_those_of_their_frames():
     sheet = data.tile(clips, columns=2)
     assert sheet.shape == (3, 7, 3 * 4 + 2 * 2, 2 * 6 + 2) and sheet.dtype == torch.uint8
     for number in range(7):
-        frame = np.asarray(data.picture_grid(clips[:, :, number], columns=2))
+        frame = np.asarray(data.to_picture(data.tile(clips[:, :, number], columns=2)))
         np.testing.assert_array_equal(sheet[:, number].movedim(0, -1), frame)
 
 

@@ -623,6 +623,7 @@ def test_adm_reference_against_an_npz_on_two_processes(tmp_path, inception, weig
 def test_flags_are_checked_before_any_work(tmp_path):
     assert "cannot write" in fails_with_one_line("fid.py", tmp_path, tmp_path, "--json", tmp_path / "no" / "a.json")
     assert "it is a folder" in fails_with_one_line("fid.py", tmp_path, tmp_path, "--json", tmp_path)
+    assert "cannot write" in fails_with_one_line("fvd.py", "a", "b", "--json", tmp_path / "no" / "a.json")
     for flags in (["a"], ["a", "b", "--batch", "0"], ["a", "b", "--convention", "tf2"]):
         with pytest.raises(SystemExit) as stop:
             fid.parse(flags)
