@@ -395,7 +395,9 @@ def printable(text):
 
 def reason_of(error):
     """What an exception says, in one line."""
-    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    words = getattr(error, "strerror", None) or str(error)
+    if not words or isinstance(error, KeyError):  # whose words are the key alone
+        words = f"{type(error).__name__} {words}"
     return words.strip().splitlines()[0][:300]
 
 

@@ -61,7 +61,7 @@ def parse(argv=None):
     add("--lr", type=at_least(0, float), help="peak learning rate of AdamW")
     add("--warmup-epochs", type=at_least(0, float), help="epochs of linear warm-up from 0.005 of the peak")
     add = arguments.add_argument_group("memory").add_argument
-    add("--checkpoint-activations", action="store_true", help="keep only blocks' inputs, run them twice: 1/3 more work")
+    add("--checkpoint-activations", action="store_true", help="keep only blocks' inputs, run them twice: 1/4 more time")
     training.add_run_flags(arguments, "runs/ar", 50, "validation losses and sample pictures", 10000)
     return runtime.parse_with_presets(arguments, PRESETS, argv)
 

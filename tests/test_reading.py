@@ -1,10 +1,11 @@
-"""docs/reading.md: its snippets run, and what it points to is there."""
+"""docs/reading.md: its snippets run, and what it points to is there; and the snippet about one picture of running.md."""
 
 import ast
 import re
 
 import pytest
 import torch
+from PIL import Image
 from scripts import ROOT
 
 PAGE = (ROOT / "docs" / "reading.md").read_text()
@@ -28,6 +29,15 @@ def beginning():
 def test_snippet(number, beginning):
     torch.manual_seed(0)
     exec(compile(SNIPPETS[number - 1], f"docs/reading.md, question {number}", "exec"), dict(beginning))  # noqa: S102
+
+
+def test_one_picture_of_any_size(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "running.md").read_text()
+    snippet = page[page.index("## One picture of any size") :].split("```")[1].removeprefix("python\n")
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (61, 50), "red").save("cat.jpg")
+    exec(snippet.replace("256_L", "emoji"), {})  # noqa: S102
+    assert Image.open("cat_rebuilt.png").size == (61, 50)
 
 
 def test_what_it_points_to_is_there():
