@@ -73,7 +73,7 @@ def parse(argv=None):
     add = arguments.add_argument_group("model").add_argument
     add("--preset", default="tiny", help=f"size and settings: {', '.join(PRESETS)}; the flags below override it")
     add("--init", help="begin with the weights, at their sizes, of a released name, file or run; videos also of images")
-    add("--channels", type=int, help="width at full resolution, a multiple of 32")
+    add("--channels", type=int, help="width at full resolution, a multiple of 32; levels 32 wide lose the colours")
     add("--multipliers", type=int, nargs="+", help="width of each level over --channels; resolution halves between")
     add("--blocks", type=int, help="ResBlocks a level")
     add("--bits", type=int, help="latent channels K, for 2^K codes")
