@@ -5,11 +5,9 @@
 
 Without a GPU or Triton the decorated function is the plain one itself. Otherwise calls that `..._takes` accepts go to
 the kernels; FAST=0 in the environment keeps everything plain: no kernels, no compiled code, no CUDA graphs.
-Nothing in fast/ is needed to understand the model, and nothing in it imports the rest of the project.
-"""
+Nothing in fast/ is needed to understand the model, and nothing in it imports the rest of the project."""
 
 import functools
-import importlib
 import importlib.util
 import os
 
@@ -43,8 +41,8 @@ def path(name):
 
 
 def compiles(device, flag, steps):
-    """Whether a training run compiles and captures graphs: as --compile or --no-compile say (`flag`), if neither does
-    on a GPU, for 500 steps or more."""
+    """Whether a training run compiles and captures graphs: as `flag` says (--compile or --no-compile); where it is
+    None, on a GPU, for runs of 500 steps or more."""
     return ON and (AVAILABLE and device.type == "cuda" and steps >= 500 if flag is None else flag)
 
 
@@ -52,7 +50,7 @@ def compile(*modules):
     """Compile modules, each for itself, in place; state-dict entries keep their names."""
     import torch._functorch.config
 
-    # Its keys leave out kernels of the backward pass: it would go on using the old ones after they were edited.
+    # The cache's keys leave out kernels of the backward pass: it would still use the old ones after an edit.
     torch._functorch.config.enable_autograd_cache = False
     for module in modules:
         module.compile(dynamic=False)

@@ -8,14 +8,14 @@ Letters: rows the sequences, N tokens, d width, H heads, D head width."""
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch.library import wrap_triton
 
 BLOCK = 64  # queries and keys that attention takes at once
 
 
 def causal_takes(qkv, rotary, heads):
-    """A GPU; float32 or half precision; a head width of 16, 32, 64, or in half precision 128 (more fits no GPU's
-    registers)."""
+    """A GPU; float32 or half precision; a head width of 16, 32, 64, or in half precision 128: registers end there."""
     width = qkv.shape[-1] // (3 * heads)
     fits = width in (16, 32, 64, 128) and width * qkv.element_size() <= 256
     return qkv.is_cuda and qkv.dtype != torch.float64 and fits
@@ -57,11 +57,9 @@ def _attend(
     turned, qkv, mixed, logsum, tokens, SCALE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head: softmax(q k^T scale) v over the keys up to each query; and, base 2, the softmax's
-    log-sum for the backward pass.
-
-    turned (rows, N, 2, H, D): queries and keys; qkv (rows, N, 3, H, D): for the values; mixed (rows, N, H, D); logsum
-    (rows, H, N)."""
+    """softmax(q k^T scale) v for a block of one head's queries, over the keys up to each; and the softmax's log-sum, to
+    base 2, for the backward pass. turned (rows, N, 2, H, D): queries and keys; qkv (rows, N, 3, H, D): for the values;
+    mixed (rows, N, H, D); logsum (rows, H, N)."""
     block, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     d, k = tl.arange(0, D), tl.arange(0, BLOCK)
     turned += row * tokens * 2 * H * D + head * D
@@ -103,8 +101,8 @@ def _attend_backward(
     turned, qkv, rotary, dmixed, logsum, sums, dqkv, tokens, SCALE: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block of a head's tokens: of its keys and values, from the queries from here on; then of its
-    queries, from the keys up to here. So all programs have equally many pairs of blocks to go through."""
+    """Gradients of one block of a head's tokens: of its keys and values, from the queries of this block and later ones;
+    then of its queries, from the keys of this block and earlier ones. So all programs have equally much to do."""
     block, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     d, k = tl.arange(0, D), tl.arange(0, BLOCK)
     turned += row * tokens * 2 * H * D + head * D
@@ -158,37 +156,31 @@ def _attend_backward(
 
 
 @torch.library.triton_op("nanomagvit2::attend", mutates_args=())
-def _forward_attend(
-    qkv: torch.Tensor, rotary: torch.Tensor, heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward_attend(qkv: Tensor, rotary: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    D = width // heads
     turned, mixed = qkv.new_empty((rows, tokens, 2 * width)), qkv.new_empty((rows, tokens, width))
     logsum = torch.empty((rows, heads, tokens), dtype=torch.float32, device=qkv.device)
-    wrap_triton(_turn)[(tokens, rows)](
-        qkv, rotary, turned, tokens, heads, width // heads, triton.next_power_of_2(2 * heads)
-    )
-    small = width // heads * qkv.element_size() <= 128  # three stages fit the shared memory of any GPU
+    wrap_triton(_turn)[(tokens, rows)](qkv, rotary, turned, tokens, heads, D, triton.next_power_of_2(2 * heads))
+    stages = 3 if D * qkv.element_size() <= 128 else 1  # three fit the shared memory of any GPU then
     wrap_triton(_attend)[(triton.cdiv(tokens, BLOCK), rows * heads)](
-        turned, qkv, mixed, logsum, tokens, (width // heads) ** -0.5, heads, width // heads, BLOCK,
-        num_stages=3 if small else 1,
-    )  # fmt: skip
+        turned, qkv, mixed, logsum, tokens, D**-0.5, heads, D, BLOCK, num_stages=stages
+    )
     return mixed, logsum, turned
 
 
 @torch.library.triton_op("nanomagvit2::attend_backward", mutates_args=())
 def _backward_attend(
-    dmixed: torch.Tensor, turned: torch.Tensor, qkv: torch.Tensor, rotary: torch.Tensor, mixed: torch.Tensor,
-    logsum: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    (rows, heads, tokens), width = logsum.shape, mixed.shape[2]
+    dmixed: Tensor, turned: Tensor, qkv: Tensor, rotary: Tensor, mixed: Tensor, logsum: Tensor
+) -> Tensor:
+    rows, heads, tokens = logsum.shape
+    D = mixed.shape[2] // heads
     dqkv, sums = torch.empty_like(qkv), torch.empty_like(logsum)
-    wrap_triton(_sum_products)[(tokens, rows)](
-        mixed, dmixed, sums, tokens, heads, width // heads, triton.next_power_of_2(heads)
-    )
+    wrap_triton(_sum_products)[(tokens, rows)](mixed, dmixed, sums, tokens, heads, D, triton.next_power_of_2(heads))
+    # One stage: more take registers that another program could have.
     wrap_triton(_attend_backward)[(triton.cdiv(tokens, BLOCK), rows * heads)](
-        turned, qkv, rotary, dmixed, logsum, sums, dqkv, tokens, (width // heads) ** -0.5, heads, width // heads,
-        BLOCK, num_stages=1,  # more stages take registers that another program could have
-    )  # fmt: skip
+        turned, qkv, rotary, dmixed, logsum, sums, dqkv, tokens, D**-0.5, heads, D, BLOCK, num_stages=1
+    )
     return dqkv
 
 

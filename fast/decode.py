@@ -1,8 +1,8 @@
 """Drawing tokens on a GPU: one token of all images as one CUDA graph over a handful of Triton kernels.
 
-A token of a few hundred small operations is bound by their launches: captured once, the graph is launched whole, for
-any position, since the position is a number in the GPU's memory. Weights are kept once more in the type that computes
-(half precision under autocast), w1 and w3 in one matrix. The residual stream stays in float32.
+A token takes a few hundred small operations, whose launches take longer than they do: captured once, they are launched
+as one graph, for any position, since the position is a number in the GPU's memory. Weights are kept once more in the
+type that computes (half precision under autocast), w1 and w3 in one matrix. The residual stream stays in float32.
 
 Letters: B images, rows B or, with guidance, 2 B, d width, H heads, D head width, N tokens."""
 
@@ -121,7 +121,7 @@ def _draw(
 ):  # fmt: skip
     """Guidance, temperature and the draw by inverse CDF, in float64, as `ar_model.draw`; a program an image.
     logits (rows, V); uniforms (B, N, 2); the sub-token goes to drawn (2, B, N), unless one is given there (not -1). The
-    next input of the image's rows goes to x (rows, d): after pre its embedding, after post the sum of both."""
+    next input goes to the image's rows of x (rows, d): after pre its embedding, after post the sum of both."""
     image = tl.program_id(0)
     here = tl.load(position)
     v = tl.arange(0, V)
@@ -206,18 +206,13 @@ class Decoder:
         return y
 
     def _deltas(self, x, weight):
-        """x weight^T as (shares, rows, d), to be summed by `_add_norm`.
-        A few rows and columns are too little for all multiprocessors, unless K too is shared out."""
+        """x weight^T as (shares, rows, d), to be summed by `_add_norm`: with few rows and columns, all multiprocessors
+        have work only if K is shared out, too."""
         (rows, K), N = x.shape, len(weight)
         if rows > 128 or N > 1024 or N % 32 or K % 256:
             return F.linear(x, weight)[None]
         y = torch.empty((4, rows, N), dtype=torch.float32, device=x.device)
         _share[(N // 32, 4)](x, weight, y, rows, N, K, 4, 128, 32, 64, num_warps=8, num_stages=4)
-        return y
-
-    def _gate(self, h):
-        y = torch.empty((len(h), h.shape[1] // 2), dtype=h.dtype, device=h.device)
-        _gate[(len(h), triton.cdiv(y.shape[1], 1024))](h, y, y.shape[1], 1024)
         return y
 
     def _block(self, x, delta, weights, cache, position):
@@ -230,8 +225,10 @@ class Decoder:
             qkv, self.rotary, *cache, position, mixed, self.rotary.shape[1], length, width**-0.5, heads, width,
             BLOCK=32, num_warps=1,
         )  # fmt: skip
-        hidden = F.linear(self._add_norm(x, self._deltas(mixed, wo), norm2), w13)
-        return self._deltas(self._gate(hidden), w2)
+        hidden = F.linear(self._add_norm(x, self._deltas(mixed, wo), norm2), w13)  # w1 x, w3 x
+        gated = hidden.new_empty(rows, w2.shape[1])
+        _gate[(rows, triton.cdiv(w2.shape[1], 1024))](hidden, gated, w2.shape[1], 1024)
+        return self._deltas(gated, w2)
 
     def _step(self):
         """One token of every image, as `ar_model.draw_tokens`; then the next position."""
@@ -269,8 +266,8 @@ class Decoder:
             with torch.cuda.graph(self.graph):
                 self._step()
         else:  # take the model's weights anew: they may have been trained since
-            for block, kept in zip(self.blocks, self.weights, strict=True):
-                torch._foreach_copy_(kept, self._weights_of(block))
+            for block, weights in zip(self.blocks, self.weights, strict=True):
+                torch._foreach_copy_(weights, self._weights_of(block))
             torch._foreach_copy_(self.heads, [head.weight for head in self.head])
         self.uniforms.copy_(uniforms)
         self.x.copy_(self.class_table["embedding_table"](labels))

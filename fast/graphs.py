@@ -18,9 +18,9 @@ import torch.distributed as dist
 class Gradients:
     """The gradients of some parameters: cleared, added up by backward passes, exchanged between processes.
 
-    Of one process alone they are autograd's own. Otherwise they are views of one buffer, whose sum over processes is one
-    all-reduce; so a loss has to be divided by the number of all processes' micro-batches. The exchange comes after the last backward pass: beside it, it would
-    slow the matrix products down by what it saves."""
+    Of one process alone they are autograd's own. Otherwise they are views of one buffer, which one all-reduce sums over
+    processes; so a loss has to be divided by the number of all processes' micro-batches. The exchange comes after the
+    last backward pass: beside it, it would slow the matrix products down by what it saves."""
 
     def __init__(self, rt, parameters):
         self.parameters, self.buffer = list(parameters), None
@@ -46,13 +46,13 @@ class Gradients:
 
 
 class Graphs:
-    """Runs passes of a training step; where `enabled`, on a GPU, as CUDA graphs: their thousands of kernels are
-    recorded once and then started together, by a host that would otherwise start them more slowly than a GPU ends them.
+    """Runs passes of a training step; where `enabled`, on a GPU, as CUDA graphs: a pass's thousands of kernels are
+    recorded once and then launched together, since one by one a host launches them more slowly than a GPU runs them.
 
-    A pass is a function of tensors, work(*tensors) -> dict of tensors, that adds to gradients. All shapes, and all that
-    it decides, must be the same in every step; it must not wait for the device nor talk to other processes, and what
-    else it changes (running means) must stay where it is in memory. Its kernels, their order, and what they draw from
-    torch's generator are the same with a graph as without."""
+    A pass is a function work(*tensors) -> dict of tensors that adds to gradients. Its shapes and branches must be the
+    same in every step; it must not wait for the device nor talk to other processes, and what else it changes (running
+    means) must stay where it is in memory. Kernels, their order, and what they draw from torch's generator are the same
+    with a graph as without."""
 
     WARM_UP = 3  # steps that run as they are: kernels are compiled and convolution algorithms chosen
 
@@ -62,8 +62,8 @@ class Graphs:
         self.forget()
 
     def forget(self):
-        """Drop the graphs and the gradients, and so the memory that passes work in, until the next step: others may
-        need it. (The buffer of exchanged gradients stays.)"""
+        """Drop the graphs and the gradients until the next step, so that others can have the memory that passes work
+        in. (The buffer of exchanged gradients stays.)"""
         self.kept = {}
         for _, gradients in self.steps:
             gradients.clear()
@@ -91,7 +91,7 @@ class Graphs:
     def _record(self, work, gradients, first, tensors):
         inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
         if first:
-            gradients.clear()  # now already, so that their memory is free for the graph
+            gradients.clear()  # before the graph's own clearing, so that it can have their memory
         # All share one pool of memory: they are replayed in the order in which they are recorded. "thread_local": other
         # threads (the loader's, NCCL's) may meanwhile call what would spoil a recording of their own.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):

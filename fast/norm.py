@@ -3,12 +3,10 @@
 Under autocast torch's GroupNorm reads and writes float32 and wants NCHW, while the fast convolutions want bf16 and
 channels last. These Triton kernels take channels last in the input's own type and compute in float32: forward two reads
 and a write, backward two reads of x and of the gradient and a write. Two values a channel and image are kept for the
-backward pass, besides x.
+backward pass, besides x. A clip (B, C, T, H, W) is a picture (B, C, T * H, W) to them; where a causal convolution
+follows, they write the zeros in front of its first frame themselves, which spares a copy.
 
-A clip (B, C, T, H, W) is a picture (B, C, T * H, W) to them. Where a causal convolution follows, they write the zeros
-in front of its first frame themselves, which spares a copy.
-
-Letters: B batch, C channels, P pixels, G groups. A program works on one chunk of one image's pixels."""
+Letters: B batch, C channels, P pixels. A program works on one chunk of one image's pixels."""
 
 import torch
 import triton
@@ -21,13 +19,8 @@ TILE, WARPS, PROGRAMS = 2048, 8, 1024  # numbers a program takes at once, its wa
 def norm_silu_takes(norm, x):
     """A GPU, channels last, a power of 2 of channels."""
     x, channels = x.flatten(2, -2), x.shape[1]
-    return (
-        x.is_cuda
-        and channels >= norm.num_groups
-        and channels & (channels - 1) == 0
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
+    fits = channels >= norm.num_groups and channels & (channels - 1) == 0 and x.dtype != torch.float64
+    return x.is_cuda and fits and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def norm_silu(norm, x):
@@ -48,10 +41,10 @@ def res_block_takes(block, x):
 
 
 def res_block(block, x):
-    # x comes back from the norm: its two gradients, of the block and of the way around it, are added in one pass.
+    # x comes back from the norm, so that its gradients, of the block and of the shortcut, are added in one pass.
     y, x = _norm(block.norm1, x, block.norm1.weight, block.norm1.bias)
     y = block.conv2(norm_silu(block.norm2, block.conv1(y)))
-    return y + (block.nin_shortcut(x) if hasattr(block, "nin_shortcut") else x)
+    return y + block.nin_shortcut(x)
 
 
 def video_res_block_takes(block, x):
@@ -64,7 +57,8 @@ def video_res_block(block, x):
     y = conv3d(y, block.conv1.conv_1.weight, padding=(0, 1, 1))
     y, _ = _norm(block.norm2, y, block.norm2.weight, block.norm2.bias, frames_before=2)
     y = conv3d(y, block.conv2.conv_1.weight, padding=(0, 1, 1))
-    return y + (block.nin_shortcut.conv_1(x) if hasattr(block.nin_shortcut, "conv_1") else x)
+    # Of a CausalConv only its convolution: a kernel of 1 needs no zeros, and padding by none copies.
+    return y + getattr(block.nin_shortcut, "conv_1", block.nin_shortcut)(x)
 
 
 def upsampler_takes(upsampler, x):
@@ -108,7 +102,7 @@ def _tile(start, chunk, pixels, C: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _affine(stats, scale, bias, stride, image, C: tl.constexpr):
-    """Mean, 1 / deviation, scale, bias of an image's channels, (C,); scale and bias (C,) have stride 0, (B, C) C."""
+    """Mean, 1 / deviation, scale, bias of an image's channels, (C,). stride: 0 of scale and bias (C,), C of (B, C)."""
     c = tl.arange(0, C)
     mean, inverse = tl.load(stats + image * 2 * C + c), tl.load(stats + image * 2 * C + C + c)
     scale, bias = tl.load(scale + image * stride + c), tl.load(bias + image * stride + c)
@@ -117,8 +111,7 @@ def _affine(stats, scale, bias, stride, image, C: tl.constexpr):
 
 @triton.jit
 def _sum_channels(x, sums, pixels, chunk, C: tl.constexpr, ROWS: tl.constexpr):
-    """Sums of x and of x^2 over this chunk's pixels, both of x less its first pixel's value, so that a large mean costs
-    no digits."""
+    """This chunk's sums of x and of x^2, both of x less the image's first pixel: large means would cost digits."""
     number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, C)
     x += image * pixels * C
@@ -176,7 +169,7 @@ def _statistics(x, sums, stats, pixels, chunks, eps, C: tl.constexpr, GROUP: tl.
 def _normalize(
     x, stats, scale, bias, stride, y, pixels, before, chunk, SILU: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """y = silu((x - mean) / deviation * scale + bias); in front of each image's are `before` more pixels."""
+    """y = silu((x - mean) / deviation * scale + bias); y has `before` more pixels in front of each image's."""
     image = tl.program_id(1).to(tl.int64)
     x += image * pixels * C
     y += (image * (pixels + before) + before) * C
