@@ -257,11 +257,7 @@ class Decoder:
     def draw(self, labels, uniforms, tokens, given):
         """labels (rows,), uniforms (B, N, 2) float64, given (B, n, 2) -> sub-tokens (B, tokens, 2)."""
         if self.graph is None:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._step()  # compiles the kernels, and lets cuBLAS choose
-            torch.cuda.current_stream().wait_stream(side)
+            self._step()  # compiles the kernels, and lets cuBLAS choose
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self._step()

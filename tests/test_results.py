@@ -1,24 +1,56 @@
 """The figures of docs/results.md are those of the logs beside it."""
 
+import json
 import re
 
-from scripts import ROOT, log_lines
+from scripts import ROOT
 
 PAGE = " ".join((ROOT / "docs" / "results.md").read_text().split())
 
 
 def values(run, name):
     """{step: value} of what a run in docs/logs logged."""
-    return {line["step"]: line[name] for line in log_lines(ROOT / "docs" / "logs" / run) if name in line}
+    lines = map(json.loads, (ROOT / "docs" / "logs" / run / "log.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def check_series(pattern, found, digits):
+    """A sentence "after 500, 1000 steps: 15.53, 17.57 dB" against {step: value}; `pattern` finds both lists."""
+    steps, figures = re.search(pattern, PAGE).groups()
+    figures = dict(zip(map(int, steps.split(",")), figures.split(", "), strict=True))
+    assert figures == {step: f"{found[step]:.{digits}f}" for step in figures}
 
 
 def test_flying_letters():
     losses, psnr = values("moving_glyphs_transformer", "val_loss"), values("moving_glyphs_tokenizer", "val_psnr")
-    steps, figures = re.search(r"after ([\d, ]+) steps: ([\d., ]+) nats a token on 400 validation clips", PAGE).groups()
-    assert dict(zip(map(int, steps.split(",")), figures.split(", "))) == {s: f"{v:.3f}" for s, v in losses.items()}
+    check_series(r"after ([\d, ]+) steps: ([\d., ]+) nats a token on 400 validation clips", losses, 3)
     assert f"{values('moving_glyphs_transformer', 'loss')[14000]:.2f} in training" in PAGE
-    steps, figures = re.search(r"after ([\d, ]+) steps of 8: ([\d., ]+) dB on 64 validation clips", PAGE).groups()
-    for step, figure in zip(map(int, steps.split(",")), figures.split(", "), strict=True):
-        assert f"{psnr[step]:.2f}" == figure
+    check_series(r"after ([\d, ]+) steps of 8: ([\d., ]+) dB on 64 validation clips", psnr, 2)
     assert f"after 2,400 more of 16: {psnr[3500 + 2400]:.2f} dB" in PAGE
     assert f"PSNR {values('moving_glyphs_pictures', 'val_psnr')[700]:.2f} dB on 60 validation pictures" in PAGE
+
+
+def test_emoji():
+    psnr, losses = values("emoji_tokenizer", "val_psnr"), values("emoji_transformer", "val_loss")
+    check_series(r"PSNR after ([\d, ]+) steps: ([\d., ]+) dB on 161 validation pictures", psnr, 2)
+    check_series(r"in training; after ([\d, ]+) steps ([\d., ]+) nats on validation pictures", losses, 2)
+    loss, speed = (values("emoji_transformer", name)[6000] for name in ("loss", "images_per_second"))
+    assert f"{round(speed, -2):,.0f} images/s; {loss:.2f} nats a token in training" in PAGE
+
+
+def test_photographs():
+    found, use = values("photographs", "val_psnr"), values("photographs", "val_codebook_use")[3000]
+    check_series(r"PSNR after ([\d, ]+) steps: ([\d., ]+) dB on 165 validation crops", found, 2)
+    speed, memory = (values("photographs", name) for name in ("images_per_second", "memory_gib"))
+    middle = sorted(speed.values())[len(speed) // 2]
+    assert f"{middle:.0f} images/s, {max(memory.values()):.1f} GiB" in PAGE
+    assert f"{use:.0%}".replace("%", " %") + " of the 2^18 codes in use there" in PAGE
+
+
+def test_ablations():
+    figures = json.loads((ROOT / "docs" / "logs" / "ablations" / "figures.json").read_text())
+    for name, of_seeds in figures.items():
+        best, unit, digits = (max, "dB", 2) if name.endswith("codes") else (min, "nats a token", 3)
+        each = [best(found) for found in of_seeds]
+        words = ", ".join(f"{value:.{digits}f}" for value in each)
+        assert f"| {name} | {sum(each) / 3:.{digits}f} {unit} | {words} |" in PAGE
