@@ -1,7 +1,7 @@
 """The whole street on built-in pictures, on a CPU in minutes: what `make demo` and `make demo-video` run.
 
-    python demo.py [FOLDER]            default folder: runs/demo
-    python demo.py --video [FOLDER]    default folder: runs/demo_video
+    python demo.py                     # all that it makes is in runs/demo; or name another folder
+    python demo.py --video             # in runs/demo_video
 
 Trains a tiny tokenizer on glyphs, encodes them, trains a tiny transformer, draws samples; then prints a table of what
 came out, and what to look at. Every step is a command that you can run, and change, yourself. With --video the glyphs

@@ -82,7 +82,7 @@ def parse(argv=None):
     add("--gan-weight", type=at_least(0, float), help="weight of the adversarial term; 0: no discriminator at all")
     add("--lecam-weight", type=at_least(0, float), help="weight of LeCAM in the discriminator's loss")
     add("--entropy-weight", type=at_least(0, float), help="weight of the entropy term")
-    add("--global-entropy", action="store_true", help="codebook entropy over all devices (accumulated ones stay apart)")
+    add("--global-entropy", action="store_true", help="codebook entropy over devices (not accumulated); no CUDA graphs")
     add = arguments.add_argument_group("schedule").add_argument
     add("--lr", type=at_least(0, float), help="learning rate of both Adams")
     add("--lr-drops", type=at_least(0, float), nargs="*", help="epochs after which the learning rate falls to a tenth")

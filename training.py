@@ -35,7 +35,7 @@ def add_run_flags(arguments, out, log_every, evaluated, eval_pictures):
     add("--steps", type=at_least(0), help="length of the run in steps instead, where not 0")
     add = arguments.add_argument_group("speed").add_argument
     add("--precision", help="bf16, fp16 or fp32 (default: bf16 on an accelerator, fp32 on a CPU)")
-    graphs = "compile, and replay CUDA graphs (not with --global-entropy); default: on a GPU, for 500 steps or more"
+    graphs = "compile, and replay CUDA graphs; default: on a GPU, for 500 steps or more"
     add("--compile", action=argparse.BooleanOptionalAction, help=graphs)
     add = arguments.add_argument_group("output").add_argument
     add("--out", default=out, help="the run's folder")

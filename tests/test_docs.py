@@ -1,8 +1,12 @@
-"""The figures of docs/results.md are those of the logs beside it."""
+"""What README and docs say: scripts take the commands, and the figures of docs/results.md are those of its logs."""
 
+import importlib
 import json
 import re
+import subprocess
+import sys
 
+import pytest
 from scripts import ROOT
 
 PAGE = " ".join((ROOT / "docs" / "results.md").read_text().split())
@@ -54,3 +58,32 @@ def test_ablations():
         each = [best(found) for found in of_seeds]
         words = ", ".join(f"{value:.{digits}f}" for value in each)
         assert f"| {name} | {sum(each) / 3:.{digits}f} {unit} | {words} |" in PAGE
+
+
+def commands():
+    """Words of each command of the project's scripts in README, docs and the scripts' first screens, as bash has them."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks += re.findall(r"`(python [\w/]+\.py [^`]+)`", text)
+    for script in [*ROOT.glob("*.py"), ROOT / "docs" / "ablations.py"]:
+        blocks += re.findall(r"^ *((?:python|torchrun) .*)", script.read_text().split('"""')[1], re.MULTILINE)
+    show = "printf '%s\\x1f' \"$@\"; echo"
+    stubs = f"python() {{ {show}; }}; torchrun() {{ {show}; }}; source() {{ true; }}; make() {{ true; }}\n"
+    script = stubs + "\n".join(blocks)
+    shown = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout
+    for line in shown.splitlines():
+        words = line.split("\x1f")[:-1]
+        first = next(i for i, word in enumerate(words) if word.endswith(".py"))  # after torchrun's own
+        yield words[first:]
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_commands_are_taken(words, monkeypatch, capsys):
+    """Each with one more flag, which there is not: that is all that the script has to say of its flags."""
+    script, *flags = words
+    monkeypatch.setattr(sys, "argv", [script, *flags, "--no-such-flag"])
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    with pytest.raises(SystemExit):
+        importlib.import_module(script.removeprefix("docs/").removesuffix(".py")).main()
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --no-such-flag (see --help)\n")
