@@ -27,18 +27,19 @@ from ar_model import ARConfig, ARTransformer, cross_entropies
 from data import open_codes
 from lfq import split_indices
 
+# Like preset tiny: L1 and entropy only, no LPIPS, no discriminator.
 TOKENIZER = "--size 64 --channels 64 --multipliers 1 1 1 --lr 8e-4 --global-batch 64 --micro-batch 64 --ema 0.995"
 TRANSFORMERS = {  # name -> (bits of the tokenizer, split, intra-token blocks)
     "18 bits, 6 + 12": (18, (6, 12), 1),
     "18 bits, 9 + 9": (18, (9, 9), 1),
     "18 bits, 6 + 12, without intra-token blocks": (18, (6, 12), 0),
     "12 bits, 6 + 6": (12, (6, 6), 1),
-    "12 bits, one vocabulary": (12, (12, 1), 1),  # the 13th bit is always 0: a second sub-token that costs nothing
+    "12 bits, one vocabulary": (12, (12, 1), 1),  # the 13th bit is always 0: a second sub-token, soon learnt
 }
 
 
 class Independent(ARTransformer):
-    """Without intra-token blocks: post does not know its pre."""
+    """Without the one intra-token block that its config must have: post does not know its pre."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -57,14 +58,14 @@ def main():
     arguments.add_argument("--steps", type=runtime.at_least(1), default=800, help="of the transformers, likewise")
     arguments.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of all runs")
     args = arguments.parse_args()
-    parts = [(seed, bits) for seed in args.seeds for bits in (18, 10, 12)]
-    figures = {}  # name -> of each seed, the values on the way
+    parts = [(seed, bits) for seed in args.seeds for bits in (18, 12, 10)]
+    figures = {f"2^{bits} codes": [] for bits in (18, 12, 10)} | {name: [] for name in TRANSFORMERS}
     with ProcessPoolExecutor(len(parts), get_context("spawn")) as pool:  # side by side: each is small
         for found in pool.map(partial(train, args), *zip(*parts, strict=True)):
             for name, values in found.items():
-                figures.setdefault(name, []).append(values)
+                figures[name].append(values)  # on the way, of a seed
     (args.out / "figures.json").write_text(json.dumps(figures) + "\n")
-    print("| | mean | each |\n|---|---|---|")
+    print(f"| | mean | seeds {', '.join(map(str, args.seeds))} |\n|---|---|---|")
     for name, values in figures.items():
         best, unit, digits = (max, "dB", 2) if name.endswith("codes") else (min, "nats a token", 3)
         each = [best(some) for some in values]
@@ -101,18 +102,20 @@ def tokenizer(args, seed, bits, folder):
     return psnr
 
 
-def transformer(args, seed, folder, split, intra, batch=64, every=100):
+def transformer(args, seed, folder, split, intra):
     """Train a transformer on the codes in `folder`. Returns its validation losses on the way, nats a token."""
     rt = runtime.start()
     precision = runtime.set_precision(rt, None)
     caches = [open_codes(folder / name) for name in ("train", "val")]
+    if caches[0].classes != caches[1].classes:
+        raise runtime.UserError("--data and --val-data have other classes")
     (indices, labels), (val_indices, val_labels) = (
         [part.to(rt.device) for part in cache.batch([(0, i) for i in range(len(cache))], 0)] for cache in caches
     )
     runtime.seed_everything(seed)
-    kind, spatial_layers = (ARTransformer, 5) if intra else (Independent, 6)
-    grid, classes = caches[0].grid, len(caches[0].classes)
-    model = kind(ARConfig(192, 6, spatial_layers, 1, split, grid[0], classes, dropout=0.1)).to(rt.device)
+    kind, layers = (ARTransformer, 5) if intra else (Independent, 6)
+    grid, classes = caches[0].grid[0], len(caches[0].classes)
+    model = kind(ARConfig(192, 6, layers, 1, split, grid, classes, dropout=0.1)).to(rt.device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=0.05)
 
     def loss_of(indices, labels):
@@ -124,12 +127,12 @@ def transformer(args, seed, folder, split, intra, batch=64, every=100):
     for step in range(1, args.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, step / 100)
-        chosen = torch.randint(len(indices), (batch,), device=rt.device)
+        chosen = torch.randint(len(indices), (64,), device=rt.device)
         loss_of(indices[chosen], labels[chosen]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % every == 0 or step == args.steps:
+        if step % 100 == 0 or step == args.steps:
             model.eval()
             with torch.no_grad():
                 found.append(loss_of(val_indices, val_labels).item())

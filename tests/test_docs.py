@@ -48,7 +48,7 @@ def test_photographs():
     speed, memory = (values("photographs", name) for name in ("images_per_second", "memory_gib"))
     middle = sorted(speed.values())[len(speed) // 2]
     assert f"{middle:.0f} images/s, {max(memory.values()):.1f} GiB" in PAGE
-    assert f"{use:.0%}".replace("%", " %") + " of the 2^18 codes in use there" in PAGE
+    assert f"whose {165 * 256:,} tokens are of {use * 2**18:,.0f} codes" in PAGE
 
 
 def test_ablations():
