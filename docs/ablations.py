@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import runtime
 from ar_model import ARConfig, ARTransformer, cross_entropies
-from data import open_codes
+from data import open_codes, open_pictures
 from lfq import split_indices
 
 # Like preset tiny: L1 and entropy only, no LPIPS, no discriminator.
@@ -58,6 +58,11 @@ def main():
     arguments.add_argument("--steps", type=runtime.at_least(1), default=800, help="of the transformers, likewise")
     arguments.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of all runs")
     args = arguments.parse_args()
+    if runtime.start().world > 1:
+        raise runtime.UserError("this starts its own processes: run it without torchrun")
+    pictures, others = (open_pictures(source, 64, train=False) for source in (args.data, args.val_data))
+    if pictures.classes != others.classes:
+        raise runtime.UserError(f"{args.data} and {args.val_data} have other classes")
     parts = [(seed, bits) for seed in args.seeds for bits in (18, 12, 10)]
     figures = {f"2^{bits} codes": [] for bits in (18, 12, 10)} | {name: [] for name in TRANSFORMERS}
     with ProcessPoolExecutor(len(parts), get_context("spawn")) as pool:  # side by side: each is small
@@ -107,8 +112,6 @@ def transformer(args, seed, folder, split, intra):
     rt = runtime.start()
     precision = runtime.set_precision(rt, None)
     caches = [open_codes(folder / name) for name in ("train", "val")]
-    if caches[0].classes != caches[1].classes:
-        raise runtime.UserError("--data and --val-data have other classes")
     (indices, labels), (val_indices, val_labels) = (
         [part.to(rt.device) for part in cache.batch([(0, i) for i in range(len(cache))], 0)] for cache in caches
     )

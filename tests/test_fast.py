@@ -360,7 +360,7 @@ def test_graph_goes_on_from_given_tokens_as_the_plain_code(options, monkeypatch)
 
 @pytest.mark.gpu
 def test_drawing_gives_all_its_memory_back():
-    """Also that of cuBLAS, which keeps 32 MiB for each stream it is called on: training draws some thousand times."""
+    """Also that of cuBLAS, which keeps 32 MiB for each stream it is called on: training draws in each evaluation."""
     model, _ = golden_transformer("gpt_tiny", TINY)
     left = []
     for _ in range(3):
